@@ -1,0 +1,1 @@
+"""Bytes on descriptors: inputs of every kind, the reader and the writer."""

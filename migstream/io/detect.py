@@ -1,0 +1,167 @@
+"""What a file is, from its first octets: which layer starts here, or what else it is.
+
+`open_input` makes the input for a path or descriptor and unpacks compressed ones; `layer_at` names
+the layer that starts at a place, or raises an error that names what stands there instead.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import BinaryIO, cast
+
+from migstream.errors import FormatError, TruncatedError
+from migstream.io import fd as fdio
+from migstream.io.inputs import CodecInput, DescriptorInput, FileInput, Input
+from migstream.records import libxc, libxl, xl
+
+__all__ = ["layer_at", "open_input"]
+
+MAX_WINDOW = 128 << 20  # octets of history that a zstd frame may ask for: zstd's own --long default
+LIBXC_MAGIC = libxc.MARKER.to_bytes(8, "big") + libxc.IMAGE_ID.to_bytes(4, "big")
+LIBXL_MAGIC = libxl.IDENT.to_bytes(8, "big")
+
+#: Layers by their magic. The libxc image header and the libxl header are big-endian in every stream.
+_LAYERS = {"xl": xl.MAGIC, "libxl": LIBXL_MAGIC, "libxc": LIBXC_MAGIC}
+
+#: Other things people point at a stream reader: magic -> what to call it. Sources: facts of each
+#: project's own headers, and the magic numbers that file(1) knows.
+_FOREIGN: dict[bytes, str] = {
+    b"LinuxGuestRecord": "a save file of xend (xm save, Xen 4.4 and earlier), which holds a legacy stream",
+    b"libvirt-xml\n \0 \r": "a save image of libvirt's libxl driver",
+    b"XenSavedDomv2-\n": "a suspend image of xapi (version 2)",
+    b"XenSavedDomain\n": "a suspend image of xapi (version 1), which holds a legacy stream",
+    b"QemuDeviceModelRecord": "the QEMU tail of a legacy HVM save",
+    b"DeviceModelRecord0002": "the QEMU tail of a legacy HVM save",
+    b"LibvirtQemudSave": "a save image of libvirt's QEMU driver",
+    b"LibvirtQemudPart": "an unfinished save image of libvirt's QEMU driver",
+    b"QEVM": "a QEMU migration stream",
+    b"EMiL": "a LiME memory image",
+    b"KDUMP   ": "a kdump memory image",
+    b"\x7fELF": "an ELF file (a core dump?)",
+    b"\x19\x43\x56\x54": "a CRIU image",
+    b"\xd0\xbe\xd2\xbe": "a VMware saved state",
+    b"\xd1\xba\xd1\xba": "a VMware saved state",
+    b"\xd2\xbe\xd2\xbe": "a VMware saved state",
+    b"\xd3\xbe\xd3\xbe": "a VMware saved state",
+    b"PK\x03\x04": "a zip archive",
+}
+
+
+def _zstd(raw: BinaryIO) -> BinaryIO:
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
+    return cast(BinaryIO, decompressor.stream_reader(raw, read_across_frames=True, closefd=False))
+
+
+def _gzip(raw: BinaryIO) -> BinaryIO:
+    import gzip
+
+    return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
+
+
+def _xz(raw: BinaryIO) -> BinaryIO:
+    import lzma
+
+    return cast(BinaryIO, lzma.LZMAFile(raw, mode="rb"))
+
+
+_CODECS: dict[bytes, tuple[str, Callable[[BinaryIO], BinaryIO]]] = {
+    b"\x28\xb5\x2f\xfd": ("zstd", _zstd),
+    b"\x1f\x8b\x08": ("gzip", _gzip),
+    b"\xfd7zXZ\0": ("xz", _xz),
+}
+
+
+def open_input(source: str | os.PathLike[str] | int, timeout_s: float | None = None) -> Input:
+    """Make the input for a path, or for a descriptor, which stays the caller's.
+
+    Raises `OSError` for what cannot be opened or read, such as a directory.
+    """
+    owned = not isinstance(source, int)
+    fd = source if isinstance(source, int) else os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.pread(fd, 0, 0) if fdio.file_size(fd) is not None else os.read(fd, 0)
+        inner = (
+            DescriptorInput(fd, owned=owned, timeout_s=timeout_s)
+            if fdio.file_size(fd) is None
+            else FileInput(fd, owned=owned)
+        )
+        return _unpacked(inner)
+    except BaseException:
+        if owned:
+            os.close(fd)
+        raise
+
+
+def _unpacked(inner: Input) -> Input:
+    start = inner.peek(6)
+    for magic, (name, make) in _CODECS.items():
+        if start.startswith(magic):
+            return CodecInput(inner, make(cast(BinaryIO, inner)), name)
+    return inner
+
+
+def layer_at(source: Input, *, inside: str | None = None) -> str:
+    """Return which layer's header starts at the input's position: ``xl``, ``libxl`` or ``libxc``.
+
+    ``inside`` is the layer that announced it, for the error. Raises `TruncatedError` at the end of the
+    input and `FormatError`, naming what was found, for anything else.
+    """
+    offset = source.position
+    start = source.peek(8)
+    candidates = [name for name, magic in _LAYERS.items() if magic.startswith(start)]
+    if start and candidates:
+        start = source.peek(len(_LAYERS[candidates[0]]))
+        for name in candidates:
+            if start.startswith(_LAYERS[name]):
+                return name
+    expected = "an xl, libxl or libxc header" if inside is None else f"a header inside {inside}"
+    if not start:
+        what = "the input is empty" if offset == 0 else "the input ends"
+        raise TruncatedError(f"{what}: expected {expected}", offset=offset, layer=inside)
+    for name in candidates:
+        if _LAYERS[name].startswith(start):
+            raise TruncatedError(
+                f"the input ends inside {name}'s magic, after {len(start)} octets of it",
+                offset=offset + len(start),
+                layer=name,
+            )
+    raise FormatError(f"expected {expected}, found {describe(source.peek(64))}", offset=offset, layer=inside)
+
+
+def describe(start: bytes) -> str:
+    """Name what ``start``, the first octets of something, belongs to."""
+    for magic, name in _FOREIGN.items():
+        if start.startswith(magic):
+            return name
+    if start.startswith(b"\xff" * 8):
+        return f"a libxc marker whose id is {start[8:12].hex() or 'cut off'} instead of 58454e46 (XENF)"
+    if _looks_legacy(start):
+        return (
+            "what looks like a legacy (version 1) libxc stream, as Xen 4.5 and earlier wrote it; "
+            "Xen's convert-legacy-stream turns it into this format"
+        )
+    if re.fullmatch(rb"[\t\n\r\x20-\x7e]+", start):
+        return f"text: {start[:24].decode('ascii')!r}"
+    return f"unknown octets {start[:16].hex(' ')}"
+
+
+def _looks_legacy(start: bytes) -> bool:
+    """Whether this may be a legacy stream (the specification's section Legacy Images).
+
+    It starts with the number of PFNs, of the toolstack's word size; then a PV guest has an extended-info
+    chunk (all ones), an HVM guest a chunk with a small positive page count or a small negative id.
+    """
+    for width in (8, 4):
+        if len(start) < width + 4:
+            continue
+        pfns = int.from_bytes(start[:width], "little")
+        if not 16 <= pfns < 1 << 32:
+            continue
+        chunk = int.from_bytes(start[width : width + 4], "little", signed=True)
+        if -20 <= chunk <= 1024 and chunk != 0:
+            return True
+    return False

@@ -1,0 +1,560 @@
+"""The reader: a stream as a sequence of layers and frames, understood but not judged.
+
+Theory of operation. A stream is a nest: an xl file holds a libxl stream, whose LIBXC_CONTEXT record
+announces a libxc image with headers of its own. `Stream.items` walks it and hands out, in the order of
+the bytes,
+
+* a `Layer` for each header found (xl, libxl, libxc),
+* a `Frame` for each record, *before* its body is read,
+* a `Trailer`, if anything follows the end of the outermost layer.
+
+The consumer decides what happens to a body: decode it, read it into buffers, move it to a descriptor,
+or nothing. What nobody consumed is skipped when the next item is asked for: a file is seeked over, a
+pipe is drained.
+
+Which layer the next record belongs to follows from the one before it, as a table says (`_NEXT`):
+libxc's END hands back to libxl; so does CHECKPOINT, and libxl's CHECKPOINT_END hands to libxc again,
+without new headers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self, TypeVar
+
+from migstream.errors import FormatError, RecordRef, StreamError, TruncatedError
+from migstream.io.detect import layer_at, open_input
+from migstream.io.inputs import Input, MemoryInput
+from migstream.records import (
+    MAX_RECORD_LENGTH,
+    OPTIONAL,
+    ByteOrder,
+    Declaration,
+    OpaqueRecord,
+    PageData,
+    Record,
+    libxc,
+    libxl,
+    padding_length,
+    record_class,
+    record_name,
+    xl,
+)
+from migstream.records.page_data import Entries
+from migstream.records.schema import Array
+
+__all__ = ["Frame", "Item", "Layer", "Payload", "Stream", "Trailer", "open", "open_memory"]
+
+MAX_OPTIONAL_DATA = 16 << 20  # octets of config that an xl file may carry; real ones have a few KiB
+ENTRIES_AT_ONCE = 1 << 16  # PAGE_DATA entries decoded at a time: 512 KiB, however long the record
+
+D = TypeVar("D", bound=Declaration)
+
+_HEADER = {"little": libxc.RecordHeader.struct("little"), "big": libxc.RecordHeader.struct("big")}
+_HEADER_SIZE = libxc.RecordHeader.head_size
+_PAGE_HEAD = PageData.head_size
+
+
+@dataclass
+class Layer:
+    """One layer of a stream, as its headers announce it.
+
+    ``name`` is ``xl``, ``libxl`` or ``libxc``; ``headers`` are the decoded headers in their order: an
+    xl file's `SaveFileHeader` and `SaveFileConfig`, libxl's `LibxlHeader`, libxc's `ImageHeader` and
+    `DomainHeader`.
+    """
+
+    name: str
+    offset: int
+    order: ByteOrder
+    headers: tuple[Declaration, ...]
+    ended: bool = field(default=False, compare=False)
+
+    def header(self, kind: type[D]) -> D | None:
+        """Return the header of class ``kind``, if this layer has one."""
+        return next((h for h in self.headers if isinstance(h, kind)), None)
+
+
+class Payload:
+    """Octets of the stream that are consumed in sequence, or else skipped."""
+
+    def __init__(self, stream: Stream, length: int | None) -> None:
+        self._stream = stream
+        self._left = length
+
+    @property
+    def left(self) -> int | None:
+        """Octets not consumed yet; ``None`` for a trailer of unknown length."""
+        return self._left
+
+    def _place(self) -> tuple[str | None, RecordRef | None]:
+        return None, None
+
+    def _taken(self, wanted: int | None, done: int) -> None:
+        if self._left is not None:
+            self._left -= done
+        if wanted is not None and done < wanted:
+            layer, record = self._place()
+            raise TruncatedError(
+                f"the input ends after {done} of the {wanted} octets that should follow here",
+                offset=self._stream.position,
+                layer=layer,
+                record=record,
+                hint=self._stream.failover_hint,
+            )
+
+    def read(self, length: int) -> bytes:
+        """Read the next ``length`` octets; no more than are left may be asked for."""
+        if self._left is not None and length > self._left:
+            raise ValueError(f"{length} octets asked for, {self._left} are left")
+        piece = self._stream.input.read(length)
+        self._taken(None if self._left is None else length, len(piece))
+        return piece
+
+    def readv_into(self, buffers: Iterable[memoryview]) -> int:
+        """Read straight into writable ``buffers``, in turn; return the octets read.
+
+        Together they may be no longer than what is left. Raises `TruncatedError` at the end of input.
+        """
+        vectors = list(buffers)
+        wanted = sum(view.nbytes for view in vectors)
+        if self._left is not None and wanted > self._left:
+            raise ValueError(f"buffers of {wanted} octets, {self._left} are left")
+        done = self._stream.input.readv_into(vectors)
+        self._taken(None if self._left is None else wanted, done)
+        return done
+
+    def splice_to(self, target: int, length: int | None = None) -> int:
+        """Move ``length`` octets (default: all that are left) to the descriptor ``target``, uncopied."""
+        wanted = self._left if length is None else length
+        done = self._stream.input.splice_to(target, (1 << 62) if wanted is None else wanted)
+        self._taken(wanted, done)
+        return done
+
+    def skip(self, length: int | None = None) -> int:
+        """Pass over ``length`` octets (default: all that are left); return how many."""
+        wanted = self._left if length is None else length
+        if wanted == 0:
+            return 0
+        done = self._stream.input.skip((1 << 62) if wanted is None else wanted)
+        self._taken(wanted, done)
+        return done
+
+
+class Frame(Payload):
+    """One record as it was found: its place, type and length. Its body waits to be consumed.
+
+    ``offset`` is that of the record header, ``length`` the body's without padding, ``index`` the number
+    of the record in the whole stream, from 0. ``padding`` is known once the frame is finished.
+    """
+
+    def __init__(
+        self, stream: Stream, layer: Layer, *, code: int, length: int, offset: int, index: int
+    ) -> None:
+        super().__init__(stream, length)
+        self.layer = layer
+        self.code = code
+        self.length = length
+        self.offset = offset
+        self.index = index
+        self.padding = b""
+        self._record: Record | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"<Frame {self.index} {self.layer.name} {self.type_name} at {self.offset}, {self.length} octets>"
+        )
+
+    @property
+    def type_name(self) -> str:
+        """The type's name, such as ``PAGE_DATA``."""
+        return record_name(self.layer.name, self.code)
+
+    @property
+    def record_class(self) -> type[Record] | None:
+        """The type's declaration, or ``None`` for a type that is not known."""
+        return record_class(self.layer.name, self.code)
+
+    @property
+    def optional(self) -> bool:
+        """Whether a reader that does not know the type may ignore it."""
+        return bool(self.code & OPTIONAL)
+
+    @property
+    def body_offset(self) -> int:
+        """Where the body starts."""
+        return self.offset + _HEADER_SIZE
+
+    @property
+    def ref(self) -> RecordRef:
+        """The record's number and type, for errors and findings."""
+        return RecordRef(self.index, self.type_name)
+
+    @property
+    def is_page_data(self) -> bool:
+        """Whether this is libxc's PAGE_DATA."""
+        return self.code == PageData.code and self.layer.name == PageData.layer
+
+    def _place(self) -> tuple[str | None, RecordRef | None]:
+        return self.layer.name, self.ref
+
+    def body(self) -> bytes:
+        """Read what is left of the body. Raises `FormatError` beyond 128 MiB, Xen's own limit."""
+        left = self._left or 0
+        self._refuse_beyond_limit(left)
+        return self.read(left)
+
+    def _refuse_beyond_limit(self, octets: int) -> None:
+        if octets > MAX_RECORD_LENGTH:
+            raise FormatError(
+                f"a body of {octets} octets is not read into memory: the limit is {MAX_RECORD_LENGTH}",
+                offset=self.offset + 4,
+                layer=self.layer.name,
+                record=self.ref,
+                field="length",
+            )
+
+    def record(self) -> Record:
+        """Decode the body (of PAGE_DATA, all but the pages). May be called again.
+
+        Raises `FormatError` with the field where the body does not fit the declaration, and
+        `TruncatedError` at the end of input.
+        """
+        if self._record is not None:
+            return self._record
+        try:
+            self._record = self._decode()
+        except StreamError as exc:
+            if exc.record is None:
+                exc.located(base=self.body_offset, layer=self.layer.name, record=self.ref)
+            raise
+        return self._record
+
+    def _decode(self) -> Record:
+        declared = self.record_class
+        if declared is None:
+            return OpaqueRecord.of(self.layer.name, self.code, self.body())
+        if declared is PageData:
+            head = self._page_head()
+            count = self._entry_count(head)
+            self._refuse_beyond_limit(8 * count)
+            return PageData.parse(head + self.read(8 * count), self.layer.order)
+        return declared.parse(self.body(), self.layer.order)
+
+    def _page_head(self) -> bytes:
+        return self.read(min(_PAGE_HEAD, self.length))
+
+    def _entry_count(self, head: bytes) -> int:
+        if len(head) < _PAGE_HEAD:
+            PageData.parse(head, self.layer.order)  # raises, and says which field is cut
+        count: int = PageData.struct(self.layer.order).unpack(head)[0]
+        if 8 * count > self.length - _PAGE_HEAD:
+            raise FormatError(
+                f"count is {count}, which needs {8 * count} octets of entries; "
+                f"the body has {self.length - _PAGE_HEAD} left",
+                offset=0,
+                field="count",
+            )
+        return count
+
+    def entries(self, at_once: int = ENTRIES_AT_ONCE) -> Iterator[tuple[PageData, Entries]]:
+        """Read PAGE_DATA's head, then its entries, ``at_once`` at most; leaves the pages to be consumed.
+
+        Yields (the head as a record without entries, a piece of the entries). An empty record yields
+        one empty piece. Raises `FormatError` as `record` does.
+        """
+        try:
+            head = self._page_head()
+            count = self._entry_count(head)
+        except StreamError as exc:
+            if exc.record is None:
+                exc.located(base=self.body_offset, layer=self.layer.name, record=self.ref)
+            raise
+        order = self.layer.order
+        reserved1 = PageData.struct(order).unpack(head)[1]
+        record = PageData(entries=Array(8, b"", order), reserved1=reserved1)
+        while True:
+            piece = min(count, at_once)
+            yield record, Entries(Array(8, self.read(8 * piece), order))
+            count -= piece
+            if not count:
+                return
+
+    def finish(self) -> None:
+        """Skip what is left of the body and read the padding. Done by the stream's next step anyway."""
+        if self._left:
+            self.skip()
+        missing = padding_length(self.length) - len(self.padding)
+        if missing:
+            piece = self._stream.input.read(missing)
+            self.padding += piece
+            self._taken(None, 0)
+            if len(piece) < missing:
+                raise TruncatedError(
+                    "the input ends inside the record's padding",
+                    offset=self._stream.position,
+                    layer=self.layer.name,
+                    record=self.ref,
+                    hint=self._stream.failover_hint,
+                )
+
+
+class Trailer(Payload):
+    """What follows the end of the outermost layer, from ``offset`` to the end of the input."""
+
+    def __init__(self, stream: Stream, offset: int) -> None:
+        super().__init__(stream, stream.input.remaining)
+        self.offset = offset
+
+
+Item = Layer | Frame | Trailer
+
+#: The layer of the record after one of these, by (layer, type code); after any other it stays.
+#: libxc's own entries hold only where libxl encloses it.
+_NEXT = {
+    ("libxl", libxl.LibxcContext.code): "libxc header",
+    ("libxl", libxl.CheckpointEnd.code): "libxc",
+    ("libxl", libxl.LibxlEnd.code): "end",
+    ("libxc", libxc.Checkpoint.code): "libxl",
+    ("libxc", libxc.End.code): "libxl",
+}
+
+
+class Stream:
+    """A migration stream being read. Iterating gives its frames; `items` gives layers and trailer too.
+
+    ``layers`` grows as headers are met, ``checkpoints`` as they are completed; ``checkpoint_offset`` is
+    where the last of them ends. After the last frame, ``ending`` says how the stream ended: ``end`` (an
+    END record) or ``checkpoint`` (the input ended between two records behind a complete checkpoint, as
+    it does when the sender of a checkpointed stream dies: what follows the checkpoint is void).
+    """
+
+    def __init__(self, source: Input) -> None:
+        self.input = source
+        self.layers: list[Layer] = []
+        self.checkpoints = 0
+        self.checkpoint_offset = 0
+        self.ending: str | None = None
+        self._at_checkpoint = False
+        self._items: Iterator[Item] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close what the stream opened; a descriptor that was passed in stays open."""
+        self.input.close()
+
+    @property
+    def position(self) -> int:
+        """Octets of the input that have been consumed."""
+        return self.input.position
+
+    def layer(self, name: str) -> Layer | None:
+        """Return the layer ``name``, if its header was met already."""
+        return next((layer for layer in self.layers if layer.name == name), None)
+
+    def __iter__(self) -> Iterator[Frame]:
+        return (item for item in self.items() if isinstance(item, Frame))
+
+    def items(self) -> Iterator[Item]:
+        """Yield every `Layer`, `Frame` and `Trailer` in the order of the bytes; one pass over the input.
+
+        Raises `TruncatedError` where the input ends early and `FormatError` where it cannot be framed,
+        after everything before that place was yielded.
+        """
+        if self._items is None:
+            self._items = self._walk()
+        return self._items
+
+    def _walk(self) -> Iterator[Item]:
+        layer = self._open_layer(None)
+        yield layer
+        if layer.name == "xl":
+            layer = self._open_layer("xl")
+            yield layer
+        outermost = layer.name
+        index = 0
+        while True:
+            frame = self._next_frame(layer, index)
+            if frame is None:
+                self.ending = "checkpoint"
+                return
+            layer = frame.layer
+            yield frame
+            frame.finish()
+            index += 1
+            step = self._step(frame, outermost)
+            if step == "end":
+                break
+            if step == "libxc header":
+                layer = self._open_layer("libxl")
+                yield layer
+            else:
+                layer = self._resume(step, frame)
+        self.ending = "end"
+        if self.input.peek(1):
+            yield Trailer(self, self.position)
+
+    def _step(self, frame: Frame, outermost: str) -> str:
+        """Return what follows ``frame``: a layer's name, ``libxc header`` or ``end``."""
+        name, code = frame.layer.name, frame.code
+        ends = name == "libxc" and code == libxc.End.code
+        if ends:
+            frame.layer.ended = True
+        bare = outermost == "libxc"
+        completes = ("libxc", libxc.Checkpoint.code) if bare else ("libxl", libxl.CheckpointEnd.code)
+        if (name, code) == completes:
+            self.checkpoints += 1
+            self.checkpoint_offset = self.position
+            self._at_checkpoint = True
+        elif (name, code) != ("libxl", libxl.CheckpointState.code):
+            self._at_checkpoint = False
+        if bare:
+            return "end" if ends else "libxc"
+        return _NEXT.get((name, code), name)
+
+    def _resume(self, name: str, frame: Frame) -> Layer:
+        """Return the open layer ``name``; a CHECKPOINT_END with no libxc image open stays in libxl."""
+        for layer in reversed(self.layers):
+            if layer.name == name and not layer.ended:
+                return layer
+        return frame.layer
+
+    def _next_frame(self, layer: Layer, index: int) -> Frame | None:
+        offset = self.position
+        head = self.input.read(_HEADER_SIZE)
+        if len(head) < _HEADER_SIZE:
+            if not head and self.checkpoints:
+                return None
+            raise self._cut(layer, offset, head)
+        code, length = _HEADER[layer.order].unpack(head)
+        if self._at_checkpoint and layer.name == "libxc":
+            layer = self._colo_state(layer, code, length)
+        return Frame(self, layer, code=code, length=length, offset=offset, index=index)
+
+    def _colo_state(self, layer: Layer, code: int, length: int) -> Layer:
+        """COLO puts a libxl CHECKPOINT_STATE between CHECKPOINT_END and the libxc records.
+
+        Its type code is libxc's X86_PV_VCPU_EXTENDED, which never comes first after a checkpoint.
+        """
+        enclosing = self.layer("libxl")
+        state = libxl.CheckpointState
+        if enclosing is not None and code == state.code and length in (state.head_size, 8):
+            return enclosing
+        return layer
+
+    @property
+    def failover_hint(self) -> str | None:
+        """What a restore would make of an input that ends here, where it would make something of it."""
+        if not self.checkpoints:
+            return None
+        return f"a restore would fail over to checkpoint {self.checkpoints}, the last complete one"
+
+    def _cut(self, layer: Layer, offset: int, head: bytes) -> TruncatedError:
+        where = "inside a record header" if head else f"without {layer.name}'s END record"
+        return TruncatedError(
+            f"the input ends {where}: expected the {_HEADER_SIZE} octets of a record header, "
+            f"found {len(head)}",
+            offset=offset + len(head),
+            layer=layer.name,
+            hint=self.failover_hint,
+        )
+
+    # Headers
+
+    def _open_layer(self, inside: str | None) -> Layer:
+        offset = self.position
+        name = layer_at(self.input, inside=inside)
+        if inside is not None and name not in {"xl": ("libxl", "libxc"), "libxl": ("libxc",)}[inside]:
+            raise FormatError(f"{name} cannot stand inside {inside}", offset=offset, layer=inside)
+        layer = {"xl": self._xl, "libxl": self._libxl, "libxc": self._libxc}[name](offset)
+        self.layers.append(layer)
+        return layer
+
+    def _header(self, kind: type[D], layer: str, order: ByteOrder) -> D:
+        offset = self.position
+        octets = self.input.read(kind.head_size)
+        if len(octets) < kind.head_size:
+            raise TruncatedError(
+                f"the input ends inside the {kind.__name__}: expected {kind.head_size} octets, "
+                f"found {len(octets)}",
+                offset=offset + len(octets),
+                layer=layer,
+            )
+        return kind.parse(octets, order)
+
+    def _xl(self, offset: int) -> Layer:
+        mark = self.input.peek(36)[32:]
+        orders: tuple[ByteOrder, ...] = ("little", "big")
+        matching = [o for o in orders if mark == xl.BYTE_ORDER_MARK.to_bytes(4, o)]
+        if len(mark) == 4 and not matching:
+            raise FormatError(
+                f"expected the byte order mark 01020304 in either order, found {mark.hex()}",
+                offset=offset + 32,
+                layer="xl",
+                field="byteorder",
+            )
+        order: ByteOrder = matching[0] if matching else "little"
+        header = self._header(xl.SaveFileHeader, "xl", order)
+        headers: tuple[Declaration, ...] = (header,)
+        if header.optional_data_len:
+            headers = (header, self._optional_data(offset, header, order))
+        return Layer("xl", offset, order, headers)
+
+    def _optional_data(self, offset: int, header: xl.SaveFileHeader, order: ByteOrder) -> xl.SaveFileConfig:
+        length = header.optional_data_len
+        if length > MAX_OPTIONAL_DATA:
+            raise FormatError(
+                f"the header announces {length} octets of optional data; more than {MAX_OPTIONAL_DATA} "
+                "is no domain config",
+                offset=offset + 44,
+                layer="xl",
+                field="optional_data_len",
+            )
+        start = self.position
+        octets = self.input.read(length)
+        if len(octets) < length:
+            raise TruncatedError(
+                f"the input ends inside the optional data: expected {length} octets, found {len(octets)}",
+                offset=start + len(octets),
+                layer="xl",
+            )
+        try:
+            return xl.SaveFileConfig.parse(octets, order)
+        except StreamError as exc:
+            raise exc.located(base=start, layer="xl") from None
+
+    def _libxl(self, offset: int) -> Layer:
+        header = self._header(libxl.LibxlHeader, "libxl", "big")
+        return Layer("libxl", offset, header.order, (header,))
+
+    def _libxc(self, offset: int) -> Layer:
+        image = self._header(libxc.ImageHeader, "libxc", "big")
+        domain = self._header(libxc.DomainHeader, "libxc", image.order)
+        return Layer("libxc", offset, image.order, (image, domain))
+
+
+def open(source: str | os.PathLike[str] | int, *, timeout_s: float | None = None) -> Stream:
+    """Open a migration stream: a path, or a descriptor, which stays the caller's.
+
+    Layers are detected; data compressed by zstd, gzip or xz are unpacked on the way. From a pipe or a
+    socket no octet is taken that the stream does not need. ``timeout_s`` bounds each wait for a
+    descriptor that is not a file; past it, reading raises `DeadlineError`.
+
+    Raises `OSError` for what cannot be opened; what is not a stream is told by the first step.
+    """
+    return Stream(open_input(source, timeout_s))
+
+
+def open_memory(octets: bytes | bytearray | memoryview) -> Stream:
+    """Open a stream that is in memory."""
+    return Stream(MemoryInput(octets))

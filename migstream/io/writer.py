@@ -1,0 +1,116 @@
+"""The writer: headers, records and page batches onto a descriptor, byte for byte as specified.
+
+Small pieces are built from their declarations; pages are handed to the kernel where they lie, by
+writev, and what another stream's frame still holds is moved without passing through Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from migstream.io import fd as fdio
+from migstream.io.reader import Frame, Layer, Stream, Trailer
+from migstream.records import ByteOrder, Declaration, PageData, Record, libxc, libxl, padding_length
+from migstream.records.schema import Array
+
+__all__ = ["StreamWriter", "copy_stream"]
+
+Buffer = bytes | bytearray | memoryview
+
+
+class StreamWriter:
+    """Writes a stream to the descriptor ``fd``, which stays the caller's.
+
+    ``order`` is the byte order of domain header and records. ``timeout_s`` bounds each wait for a
+    reader that does not read; past it, `DeadlineError`. A reader that is gone: `BrokenPipeError`.
+    """
+
+    def __init__(self, fd: int, *, order: ByteOrder = "little", timeout_s: float | None = None) -> None:
+        self.fd = fd
+        self.order = order
+        self.timeout_s = timeout_s
+        self.written = 0
+        fdio.widen_pipe(fd)
+
+    def write(self, *buffers: Buffer) -> None:
+        """Write octets as they are, gathered by one writev."""
+        self.written += fdio.write_vectors(self.fd, buffers, self.timeout_s)
+
+    def header(self, *headers: Declaration) -> None:
+        """Write headers. Libxl's and libxc's image header are big-endian in every stream."""
+        self.write(
+            *(
+                h.build("big" if isinstance(h, libxc.ImageHeader | libxl.LibxlHeader) else self.order)
+                for h in headers
+            )
+        )
+
+    def record(self, record: Record, *, padding: bytes | None = None) -> None:
+        """Write one record with its header. ``padding`` replaces the zeros that the format asks for."""
+        body = record.build(self.order)
+        self.write(self._frame(record.type_code, len(body)), body, self._padding(len(body), padding))
+
+    def pages(self, entries: Array[int], pages: Sequence[Buffer], *, reserved1: int = 0) -> None:
+        """Write one PAGE_DATA record.
+
+        ``entries`` are u64[n], type and PFN as the record has them; ``pages`` together are the page of
+        each entry whose type has data, in order, as many buffers as it takes: contiguous pages in one
+        buffer cost one vector. They are not copied.
+        """
+        prefix = PageData(entries=entries, reserved1=reserved1).build(self.order)
+        length = len(prefix) + sum(memoryview(page).nbytes for page in pages)
+        self.write(self._frame(PageData.code, length), prefix, *pages, self._padding(length, None))
+
+    def copy(self, frame: Frame) -> None:
+        """Write another stream's frame, of the same byte order, as it is, moved within the kernel.
+
+        Nothing of its body may have been consumed; its padding is kept.
+        """
+        if frame.left != frame.length or frame.layer.order != self.order:
+            raise ValueError(f"{frame!r} was consumed already, or is of the other byte order")
+        self.write(self._frame(frame.code, frame.length))
+        self._splice_rest(frame)
+
+    def rebuild(self, frame: Frame) -> None:
+        """Write another stream's frame from its decoded fields; only pages are moved as they are.
+
+        Raises `FormatError` for a body that does not fit its declaration.
+        """
+        record = frame.record()
+        prefix = record.build(self.order)
+        self.write(self._frame(record.type_code, frame.length), prefix)
+        self._splice_rest(frame)
+
+    def _splice_rest(self, frame: Frame) -> None:
+        self.written += frame.splice_to(self.fd)
+        frame.finish()
+        self.write(frame.padding)
+
+    def end(self) -> None:
+        """Write libxc's or libxl's END record; they are the same octets."""
+        self.record(libxc.End())
+
+    def _frame(self, code: int, length: int) -> bytes:
+        return libxc.RecordHeader(type=code, length=length).build(self.order)
+
+    def _padding(self, length: int, given: bytes | None) -> bytes:
+        return bytes(padding_length(length)) if given is None else given
+
+
+def copy_stream(stream: Stream, writer: StreamWriter, *, rebuild: bool = False) -> None:
+    """Write a whole stream again, octet for octet, with whatever follows its end.
+
+    With ``rebuild`` every header and record is decoded and built anew, which proves the declarations
+    lossless; without, bodies pass as they are.
+    """
+    for item in stream.items():
+        match item:
+            case Layer():
+                writer.order = item.order
+                writer.header(*item.headers)
+            case Frame() if rebuild:
+                writer.rebuild(item)
+            case Frame():
+                writer.copy(item)
+            case Trailer():
+                writer.written += item.splice_to(writer.fd)

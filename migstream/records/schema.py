@@ -1,0 +1,498 @@
+"""How a record is declared, and what follows from one declaration.
+
+A declaration is a frozen dataclass whose fields say their wire type, their meaning and their unit::
+
+    class X86TscInfo(LibxcRecord, code=0x08, type="X86_TSC_INFO"):
+        mode: int = u32("TSC mode", names=TscMode)
+        khz: int = u32("TSC frequency", unit="kHz")
+
+From it come `parse` and `build` in both byte orders, the JSON form, the tables in ``spec/``, the
+reserved-bits rule of verify and the `struct` format that the reader's hot path uses. There is no
+second list of fields anywhere.
+
+Every format of this package is a fixed head of integers and octets, then at most one variable part:
+an array, counted by a field of the head or filling the body, or octets to the end. `struct` and
+numpy's dtypes say all of that, so nothing heavier is imported (``spec/architecture.md`` has the
+measurement behind that choice).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from enum import IntEnum
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    Self,
+    TypeVar,
+    cast,
+    dataclass_transform,
+    overload,
+)
+
+from migstream.errors import FormatError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = [
+    "COUNTED",
+    "REGISTRY",
+    "Array",
+    "ByteOrder",
+    "Declaration",
+    "Octets",
+    "OpaqueRecord",
+    "Record",
+    "WireField",
+    "array",
+    "array_of",
+    "octets",
+    "reserved",
+    "u8",
+    "u16",
+    "u32",
+    "u64",
+]
+
+ByteOrder = Literal["little", "big"]
+Octets = bytes | bytearray | memoryview
+
+_ORDER_CHAR: dict[ByteOrder, str] = {"little": "<", "big": ">"}
+_INT_CHAR = {1: "B", 2: "H", 4: "I", 8: "Q"}
+COUNTED = -1  # the default of a count field: take it from what it counts
+
+T = TypeVar("T")
+E = TypeVar("E", bound="int | Declaration")
+
+
+@dataclass(frozen=True)
+class WireField:
+    """One field as it stands on the wire.
+
+    ``size`` is in octets, of one element for an array, and 0 for octets that fill the body.
+    """
+
+    name: str
+    kind: Literal["int", "octets", "array"]
+    size: int
+    doc: str
+    unit: str = ""
+    names: type[IntEnum] | None = None
+    reserved: bool = False
+    counts: str = ""
+    counted_by: str = ""
+    entry: type[Declaration] | None = None
+
+    @property
+    def variable(self) -> bool:
+        """Whether its length depends on the record's body."""
+        return self.kind == "array" or self.size == 0 or bool(self.counted_by)
+
+    @property
+    def wire_type(self) -> str:
+        """The type as the tables in ``spec/`` name it, such as ``u32`` or ``u64[count]``."""
+        if self.kind == "int":
+            return f"u{8 * self.size}"
+        extent = self.counted_by or "..."
+        if self.kind == "octets":
+            return f"octets[{self.size or extent}]"
+        return f"{self.entry.__name__ if self.entry else f'u{8 * self.size}'}[{extent}]"
+
+    def label(self, value: int) -> str:
+        """Return the name of ``value`` where the field has names, else an empty string."""
+        if self.names is None:
+            return ""
+        try:
+            return self.names(value).name
+        except ValueError:
+            return ""
+
+
+def _wire(default: Any, **wire: Any) -> Any:
+    return field(default=default, metadata={"wire": wire})
+
+
+def _int(size: int, doc: str, default: Any, **wire: Any) -> Any:
+    return _wire(default, kind="int", size=size, doc=doc, **wire)
+
+
+def u8(
+    doc: str, *, unit: str = "", names: type[IntEnum] | None = None, counts: str = "", default: Any = MISSING
+) -> Any:
+    """Declare an unsigned integer of one octet; ``counts`` names the array whose length it is."""
+    return _int(1, doc, default, unit=unit, names=names, counts=counts)
+
+
+def u16(
+    doc: str, *, unit: str = "", names: type[IntEnum] | None = None, counts: str = "", default: Any = MISSING
+) -> Any:
+    """Declare an unsigned integer of two octets, as `u8`."""
+    return _int(2, doc, default, unit=unit, names=names, counts=counts)
+
+
+def u32(
+    doc: str, *, unit: str = "", names: type[IntEnum] | None = None, counts: str = "", default: Any = MISSING
+) -> Any:
+    """Declare an unsigned integer of four octets, as `u8`."""
+    return _int(4, doc, default, unit=unit, names=names, counts=counts)
+
+
+def u64(
+    doc: str, *, unit: str = "", names: type[IntEnum] | None = None, counts: str = "", default: Any = MISSING
+) -> Any:
+    """Declare an unsigned integer of eight octets, as `u8`."""
+    return _int(8, doc, default, unit=unit, names=names, counts=counts)
+
+
+def reserved(size: int, *, default: int | bytes) -> Any:
+    """Declare a field that the specification reserves: zero on save, ignored on restore, kept here."""
+    kind = "int" if size in _INT_CHAR else "octets"
+    return _wire(default, kind=kind, size=size, doc="reserved, zero", reserved=True)
+
+
+def octets(doc: str, *, size: int = 0, counted_by: str = "", default: Any = MISSING) -> Any:
+    """Declare raw octets: a fixed ``size``, as many as a field says, or (0) the rest of the body."""
+    return _wire(default, kind="octets", size=size, doc=doc, counted_by=counted_by)
+
+
+def array(entry: type[Declaration] | int, doc: str, *, counted_by: str = "", default: Any = MISSING) -> Any:
+    """Declare an array of declarations, or of integers of ``entry`` octets, to the end of the body."""
+    if isinstance(entry, int):
+        return _wire(default, kind="array", size=entry, doc=doc, counted_by=counted_by)
+    size = entry.head_size
+    return _wire(default, kind="array", size=size, doc=doc, counted_by=counted_by, entry=entry)
+
+
+class Array(Sequence[E]):
+    """A wire array: its octets, decoded element by element on access, or all at once by `numpy`.
+
+    Nothing is decoded when it is made, so a record may hold 128 MiB of entries at no cost.
+    """
+
+    __slots__ = ("_format", "entry", "order", "raw", "size")
+
+    def __init__(self, entry: type[Declaration] | int, raw: Octets, order: ByteOrder) -> None:
+        self.entry = entry
+        self.raw = memoryview(raw).cast("B") if len(raw) else memoryview(b"")
+        self.order = order
+        self.size = entry if isinstance(entry, int) else entry.head_size
+        self._format = _ORDER_CHAR[order] + _INT_CHAR[entry] if isinstance(entry, int) else ""
+
+    def __len__(self) -> int:
+        return len(self.raw) // self.size
+
+    @overload
+    def __getitem__(self, index: int) -> E: ...
+    @overload
+    def __getitem__(self, index: slice) -> Array[E]: ...
+    def __getitem__(self, index: int | slice) -> E | Array[E]:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                raise ValueError("an Array is sliced in steps of 1")
+            return Array(self.entry, self.raw[start * self.size : stop * self.size], self.order)
+        position = range(len(self))[index] * self.size
+        octets_ = self.raw[position : position + self.size]
+        if isinstance(self.entry, int):
+            return cast(E, struct.unpack(self._format, octets_)[0])
+        return cast(E, self.entry.parse(octets_, self.order))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Array):
+            return NotImplemented
+        if self.order == other.order and self.entry == other.entry:
+            return self.raw == other.raw
+        return self.entry == other.entry and self.in_order(other.order) == other.raw
+
+    def __hash__(self) -> int:
+        return hash((self.entry, self.in_order("little")))
+
+    def __repr__(self) -> str:
+        entry = f"u{8 * self.size}" if isinstance(self.entry, int) else self.entry.__name__
+        return f"<Array of {len(self)} {entry}>"
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """Return the elements as an array without copying: uint of ``entry`` octets, or a structure."""
+        import numpy as np
+
+        return np.frombuffer(self.raw, dtype=_dtype(self.entry, self.order))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        import numpy as np
+
+        return np.array(self.numpy(), dtype=dtype, copy=copy)
+
+    def in_order(self, order: ByteOrder) -> bytes:
+        """Return the octets of the whole array in ``order``."""
+        if order == self.order or not self.raw:
+            return bytes(self.raw)
+        return self.numpy().astype(_dtype(self.entry, order)).tobytes()
+
+
+def array_of(entry: type[Declaration] | int, values: Iterable[Any]) -> Array[Any]:
+    """Make an `Array`: integers of ``entry`` octets, or declarations; a numpy array is taken whole."""
+    if hasattr(values, "dtype"):
+        import numpy as np
+
+        wire = np.asarray(values).astype(_dtype(entry, "little"))
+        return Array(entry, wire.tobytes(), "little")
+    if isinstance(entry, int):
+        integers = list(values)
+        return Array(entry, struct.pack(f"<{len(integers)}{_INT_CHAR[entry]}", *integers), "little")
+    return Array(entry, b"".join(value.build("little") for value in values), "little")
+
+
+def _dtype(entry: type[Declaration] | int, order: ByteOrder) -> np.dtype[Any]:
+    import numpy as np
+
+    sign = _ORDER_CHAR[order]
+    if isinstance(entry, int):
+        return np.dtype(f"{sign}u{entry}")
+    return np.dtype(
+        [(w.name, f"{sign}u{w.size}" if w.kind == "int" else f"V{w.size}") for w in entry.wire_fields]
+    )
+
+
+@dataclass_transform(
+    frozen_default=True, kw_only_default=True, field_specifiers=(u8, u16, u32, u64, reserved, octets, array)
+)
+class Declaration:
+    """Base of everything declared: headers, records and the entries of arrays. Keyword-only, frozen.
+
+    ``surplus`` holds octets that a body carries past what is declared, so that nothing is lost.
+    """
+
+    surplus = b""  # not annotated, so no dataclass field: it is no part of the wire declaration
+
+    wire_fields: ClassVar[tuple[WireField, ...]] = ()
+    head_size: ClassVar[int] = 0
+    #: What follows the declared fields and is never decoded (the pages of PAGE_DATA), or empty.
+    payload: ClassVar[str] = ""
+
+    _head: ClassVar[tuple[WireField, ...]]
+    _tail: ClassVar[WireField | None]
+    _structs: ClassVar[dict[ByteOrder, struct.Struct]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclass(frozen=True, kw_only=True, eq=False)(cls)
+        _compile(cls)
+
+    def __post_init__(self) -> None:
+        for wire in self._head:
+            if wire.counts:
+                actual = len(getattr(self, wire.counts))
+                if getattr(self, wire.name) not in (COUNTED, actual):
+                    raise ValueError(
+                        f"{type(self).__name__}.{wire.name} is not the length of {wire.counts}, {actual}"
+                    )
+                object.__setattr__(self, wire.name, actual)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        names = [wire.name for wire in self.wire_fields]
+        return all(getattr(self, name) == getattr(other, name) for name in [*names, "surplus"])
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.build("little")))
+
+    @classmethod
+    def struct(cls, order: ByteOrder) -> struct.Struct:
+        """Return the fixed head as a compiled `struct.Struct`, for hot paths."""
+        return cls._structs[order]
+
+    @classmethod
+    def parse(cls, buf: Octets, order: ByteOrder = "little") -> Self:
+        """Decode ``buf``; its octets are referred to, not copied, by arrays.
+
+        Raises `FormatError`, with the offset within ``buf`` and the field, when it is too short.
+        """
+        if len(buf) < cls.head_size:
+            raise _too_short(cls, len(buf))
+        values: dict[str, Any] = dict(
+            zip((w.name for w in cls._head), cls._structs[order].unpack_from(buf), strict=True)
+        )
+        rest = memoryview(buf)[cls.head_size :]
+        if cls._tail is not None:
+            wire = cls._tail
+            length = _tail_length(cls, wire, values, len(rest))
+            content = rest[:length]
+            values[wire.name] = (
+                Array(wire.entry or wire.size, content, order) if wire.kind == "array" else bytes(content)
+            )
+            rest = rest[length:]
+        if rest and not cls.payload:
+            values["surplus"] = bytes(rest)
+        return cls._from_values(values)
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> Self:
+        surplus = values.pop("surplus", b"")
+        made = cls(**values)
+        if surplus:
+            object.__setattr__(made, "surplus", surplus)
+        return made
+
+    def build(self, order: ByteOrder = "little") -> bytes:
+        """Encode in ``order``; raises `ValueError` for an integer that does not fit its field."""
+        values = [getattr(self, w.name) for w in self._head]
+        try:
+            head = self._structs[order].pack(*values)
+        except struct.error as exc:
+            raise ValueError(f"{type(self).__name__}: {exc}") from None
+        if self._tail is None:
+            return head + self.surplus
+        tail = getattr(self, self._tail.name)
+        return head + (tail.in_order(order) if isinstance(tail, Array) else tail) + self.surplus
+
+    def reserved_fields(self) -> Iterator[tuple[WireField, int | bytes]]:
+        """Yield each reserved field that is not zero, with its value."""
+        for wire in self._head:
+            if wire.reserved:
+                value = getattr(self, wire.name)
+                if any(value) if isinstance(value, bytes) else value:
+                    yield wire, value
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form: integers, octets as hex, arrays as lists, ``x_name`` beside a named ``x``."""
+        out: dict[str, Any] = {}
+        for wire in self.wire_fields:
+            value = getattr(self, wire.name)
+            if isinstance(value, Array):
+                out[wire.name] = [item.to_json() if wire.entry else item for item in value]
+            elif isinstance(value, bytes):
+                out[wire.name] = value.hex()
+            else:
+                out[wire.name] = value
+                if wire.names is not None:
+                    out[f"{wire.name}_name"] = wire.label(value) or None
+        if self.surplus:
+            out["surplus"] = self.surplus.hex()
+        return out
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Make one from its JSON form; raises `ValueError` for a field that is missing or malformed."""
+        values: dict[str, Any] = {}
+        for wire in cls.wire_fields:
+            if wire.name not in data:
+                raise ValueError(f"{cls.__name__}: the field {wire.name} is missing")
+            value = data[wire.name]
+            if wire.kind == "array":
+                entry = wire.entry
+                value = (
+                    array_of(entry, (entry.from_json(item) for item in value))
+                    if entry
+                    else array_of(wire.size, value)
+                )
+            elif wire.kind == "octets":
+                value = bytes.fromhex(value)
+            values[wire.name] = value
+        values["surplus"] = bytes.fromhex(data.get("surplus", ""))
+        return cls._from_values(values)
+
+
+def _compile(cls: type[Declaration]) -> None:
+    """Derive the wire form of ``cls`` from its dataclass fields."""
+    wires = tuple(
+        WireField(name=f.name, **f.metadata["wire"]) for f in fields(cast(Any, cls)) if "wire" in f.metadata
+    )
+    variable = [w for w in wires if w.variable]
+    if variable and variable != [wires[-1]]:
+        raise TypeError(f"{cls.__name__}: only the last field may be of variable length")
+    head = wires[:-1] if variable else wires
+    codes = "".join(_INT_CHAR[w.size] if w.kind == "int" else f"{w.size}s" for w in head)
+    cls.wire_fields = wires
+    cls._head = head
+    cls._tail = wires[-1] if variable else None
+    cls._structs = {order: struct.Struct(char + codes) for order, char in _ORDER_CHAR.items()}
+    cls.head_size = cls._structs["little"].size
+
+
+def _tail_length(cls: type[Declaration], wire: WireField, values: dict[str, Any], available: int) -> int:
+    unit = wire.size if wire.kind == "array" else 1
+    if not wire.counted_by:
+        return available // unit * unit
+    count: int = values[wire.counted_by]
+    if count * unit > available:
+        raise FormatError(
+            f"{wire.counted_by} is {count}, which needs {count * unit} octets of {wire.name}; "
+            f"the body has {available} left",
+            offset=cls.head_size,
+            field=wire.name,
+        )
+    return count * unit
+
+
+def _too_short(cls: type[Declaration], length: int) -> FormatError:
+    end = 0
+    for wire in cls._head:
+        end += wire.size
+        if end > length:
+            break
+    return FormatError(
+        f"{cls.__name__} needs at least {cls.head_size} octets, the body has {length}",
+        offset=length,
+        field=wire.name,
+    )
+
+
+#: Every declared record: layer -> type code -> class.
+REGISTRY: dict[str, dict[int, type[Record]]] = {}
+
+
+class Record(Declaration):
+    """Base of the records of a layer; a subclass with a ``code`` enters the `REGISTRY`."""
+
+    layer: ClassVar[str] = ""
+    code: ClassVar[int] = -1
+    #: The type's name in the specification, such as ``PAGE_DATA``.
+    type: ClassVar[str] = ""
+
+    def __init_subclass__(cls, *, layer: str = "", code: int = -1, type: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if layer:
+            cls.layer = layer
+        if code >= 0:
+            cls.code, cls.type = code, type
+            REGISTRY.setdefault(cls.layer, {})[code] = cls
+
+    @property
+    def type_code(self) -> int:
+        """The type code that goes into the record header."""
+        return self.code
+
+
+class OpaqueRecord(Record):
+    """A record of a type that is not known here: its code and its body, kept as they are."""
+
+    body: bytes = octets("the body")
+
+    @classmethod
+    def of(cls, layer: str, type_code: int, body: bytes) -> OpaqueRecord:
+        """Make one of ``layer``'s type ``type_code``."""
+        made = cls(body=body)
+        object.__setattr__(made, "_type_code", type_code)
+        object.__setattr__(made, "layer", layer)
+        return made
+
+    @property
+    def type_code(self) -> int:
+        """The type code that goes into the record header."""
+        return cast(int, getattr(self, "_type_code", -1))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OpaqueRecord) and (self.layer, self.type_code, self.body) == (
+            other.layer,
+            other.type_code,
+            other.body,
+        )
+
+    __hash__ = Record.__hash__
