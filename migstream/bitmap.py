@@ -103,7 +103,8 @@ class PfnBitmap:
         import numpy as np
 
         at = self._checked(pfns)
-        return (self.octets[at >> 3] >> (at & 7).astype(np.uint8)) & np.uint8(1) != 0
+        found: npt.NDArray[np.bool_] = (self.octets[at >> 3] >> (at & 7).astype(np.uint8)) & np.uint8(1) != 0
+        return found
 
     def add(self, pfns: npt.NDArray[np.uint64]) -> int:
         """Add ``pfns``, uint64[n] in any order; return how many were new. Raises `IndexError`."""

@@ -108,7 +108,7 @@ class RestoreTarget(Protocol):
         """The highest PFN that this target will take; a page beyond it is refused, never allocated."""
 
     def populate(self, pfns: npt.NDArray[np.uint64]) -> None:
-        """Give the guest memory at ``pfns``, none of which has any. Raises `GuestError` if it has none left."""
+        """Give the guest memory at ``pfns``, none of which has any. Raises `GuestError` if none is left."""
 
     def populated(self, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         """Return which of ``pfns`` have memory, bool[n]."""
@@ -125,7 +125,8 @@ class RestoreTarget(Protocol):
     def localise(self, level: int, page: memoryview) -> None:
         """Turn a page table of ``level`` (1 to 4) from PFNs into the target's frames, in place.
 
-        Only asked of PV targets. Raises `GuestError` for an entry that points past `max_pfn`.
+        Only asked of PV targets. A PFN that an entry refers to and that has no memory yet gets some.
+        Raises `GuestError` for an entry that points past `max_pfn`.
         """
 
     def apply(self, record: Record) -> None:
