@@ -218,10 +218,8 @@ class Layout:
     def _lacks(self, record: type[Record], needed: type[Record]) -> bool:
         if needed in self.seen or self.guest not in TABLE[needed].guests:
             return False
-        if needed is libxc.StaticDataEnd and self.version < 3:
-            # Version 2 has no such record: its place is inferred, and state may stand before it.
-            return False
-        return True
+        # Version 2 has no STATIC_DATA_END: its place is inferred, and state may stand before it.
+        return self.version >= 3 or needed is not libxc.StaticDataEnd
 
     def note(self, record: type[Record], vcpu_id: int = 0) -> None:
         """Take a record into account."""
