@@ -67,8 +67,11 @@ class PfnBitmap:
         self._bits = mmap.mmap(-1, len(self._bits))
 
     def fill(self) -> None:
-        """Put every PFN in [0, size) into the set."""
-        self.add_run(0, self.size)
+        """Put every PFN in [0, size) into the set, in place: a terabyte's bits are 32 MiB."""
+        whole, rest = divmod(self.size, 8)
+        self.octets[:whole] = 0xFF
+        if rest:
+            self.octets[whole] = (1 << rest) - 1
 
     # Runs: no numpy, so that a consumer of plain runs never imports it
 
