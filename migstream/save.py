@@ -21,31 +21,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import asdict, dataclass, field, replace
 
 from migstream.bitmap import PfnBitmap
 from migstream.channel import ChannelError, SendingChannel, read_dirty_pfn_list
 from migstream.engine import StreamType
 from migstream.errors import GuestError, MigstreamError
 from migstream.guests.protocols import PAGE_SIZE, SaveSource
+from migstream.memory_passes import MemoryPasses
 from migstream.policies import Decision, PrecopyPolicy, PrecopyStats, xen_default
-from migstream.progress import PassKind, PassReport, PassStart, Progress
-from migstream.records import array_of, libxc
-from migstream.records.libxc import GuestType
-from migstream.records.page_types import DATA_TYPES, TYPE_SHIFT, PageType
+from migstream.progress import PassKind, Progress
+from migstream.records import libxc
 
 __all__ = ["BATCH_SIZE", "MAX_BATCH_SIZE", "ChannelError", "SaveCallbacks", "SaveError", "SaveResult", "save"]
 
 BATCH_SIZE = 1024  # PFNs in a PAGE_DATA record: MAX_BATCH_SIZE of xg_sr_common.h
 MAX_BATCH_SIZE = 32_704  # PFNs whose entries and pages together stay below the longest record, 128 MiB
 XEN_VERSION = (4, 14)  # the first Xen that wrote this version of the format
-
-# Indexed by page type, whatever octet a guest may give for one.
-_HAS_DATA = np.isin(np.arange(256), sorted(DATA_TYPES))
-_KNOWN = np.isin(np.arange(256), list(PageType))
 
 
 class SaveError(MigstreamError):
@@ -134,21 +126,22 @@ def save(
     """
     callbacks = callbacks or SaveCallbacks()
     _check_arguments(stream_type, callbacks, recv_fd, batch_size)
+
+    def receive_dirty(into: PfnBitmap) -> int:
+        assert recv_fd is not None  # _check_arguments saw to it
+        return read_dirty_pfn_list(recv_fd, into, xen_form=xen_back_channel, timeout_s=timeout_s)
+
     with SendingChannel(fd, bandwidth_limit=bandwidth_limit, timeout_s=timeout_s) as channel:
-        return _Save(
-            source=source,
-            channel=channel,
-            callbacks=callbacks,
+        memory = MemoryPasses(source, channel, batch_size=batch_size, progress=progress or Progress())
+        engine = _Save(
+            source,
+            channel,
+            memory,
             stream_type=stream_type,
-            live=live or stream_type.checkpointed,
-            debug=debug,
-            batch_size=batch_size,
-            xen_version=xen_version,
-            receive_dirty=lambda dirty: read_dirty_pfn_list(
-                _required(recv_fd), dirty, xen_form=xen_back_channel, timeout_s=timeout_s
-            ),
-            progress=progress or Progress(),
-        ).run()
+            callbacks=callbacks,
+            receive_dirty=receive_dirty,
+        )
+        return engine.run(live=live or stream_type.checkpointed, debug=debug, xen_version=xen_version)
 
 
 def _check_arguments(
@@ -166,58 +159,52 @@ def _check_arguments(
         raise ValueError(f"a batch has 1 to {MAX_BATCH_SIZE} PFNs, not {batch_size}")
 
 
-def _required(recv_fd: int | None) -> int:
-    assert recv_fd is not None  # _check_arguments saw to it
-    return recv_fd
-
-
-@dataclass
 class _Save:
     """One save under way."""
 
-    source: SaveSource
-    channel: SendingChannel
-    callbacks: SaveCallbacks
-    stream_type: StreamType
-    live: bool
-    debug: bool
-    batch_size: int
-    xen_version: tuple[int, int]
-    receive_dirty: Callable[[PfnBitmap], int]
-    progress: Progress
+    def __init__(
+        self,
+        source: SaveSource,
+        channel: SendingChannel,
+        memory: MemoryPasses,
+        *,
+        stream_type: StreamType,
+        callbacks: SaveCallbacks,
+        receive_dirty: Callable[[PfnBitmap], int],
+    ) -> None:
+        self.source = source
+        self.channel = channel
+        self.memory = memory
+        self.stream_type = stream_type
+        self.callbacks = callbacks
+        self.receive_dirty = receive_dirty
+        self.result = SaveResult(stream_type)
+        self._ours_to_resume = not source.suspended
+        self._logging = False
+        self._log_taken_at = self._stopped_at = 0.0
 
-    def __post_init__(self) -> None:
-        size = self.source.max_pfn + 1
-        self.dirty = PfnBitmap(size)
-        self.deferred = PfnBitmap(size)
-        self.result = SaveResult(self.stream_type)
-        self.passes = 0
-        self.sending_s = 0.0
-        self.logging = False
-        self.ran_before = not self.source.suspended
-        self.log_taken_at = self.stopped_at = 0.0
-
-    def run(self) -> SaveResult:
+    def run(self, *, live: bool, debug: bool, xen_version: tuple[int, int]) -> SaveResult:
         started = time.monotonic()
         try:
-            self._write_stream()
+            self._write_stream(xen_version, live=live, debug=debug)
         except BaseException as failure:
             self._stop_log(failure)
             self._give_back(failure)
             raise
         self._stop_log(None)
+        self.result.pages = self.memory.pages
         self.result.octets = self.channel.written
         self.result.seconds = time.monotonic() - started
         return self.result
 
     def _stop_log(self, failure: BaseException | None) -> None:
         """Switch the dirty log off; that it fails is told, but spoils nothing (as in Xen)."""
-        if self.logging:
+        if self._logging:
             self._harmless(self.source.disable_dirty_log, "the dirty log could not be switched off", failure)
 
     def _give_back(self, failure: BaseException) -> None:
         """Let the guest run on here: its stream is not complete, so nobody else can own it."""
-        if self.ran_before and self.source.suspended:
+        if self._ours_to_resume and self.source.suspended:
             self._harmless(self.source.resume, "the guest could not be resumed", failure)
 
     def _harmless(self, action: Callable[[], None], trouble: str, failure: BaseException | None) -> None:
@@ -231,53 +218,48 @@ class _Save:
 
     # The stream
 
-    def _write_stream(self) -> None:
+    def _write_stream(self, xen_version: tuple[int, int], *, live: bool, debug: bool) -> None:
         source, channel = self.source, self.channel
-        major, minor = self.xen_version
-        channel.header(
-            libxc.ImageHeader(),
-            libxc.DomainHeader(type=source.guest_type, xen_major=major, xen_minor=minor),
-        )
+        major, minor = xen_version
+        domain = libxc.DomainHeader(type=source.guest_type, xen_major=major, xen_minor=minor)
+        channel.header(libxc.ImageHeader(), domain)
         channel.records(source.static_records())
         channel.records([libxc.StaticDataEnd()])
         channel.records(source.layout_records())
-        send_memory = self._send_live if self.live else self._send_stopped
-        while True:
-            send_memory()
-            self._check_suspended()
-            channel.records(source.state_records())
-            if not self.stream_type.checkpointed:
-                break
-            send_memory = self._send_checkpoint
-            if not self._checkpoint():
-                self.result.ended = "checkpoint"
-                return
-        channel.records([libxc.End()])
-        self.result.downtime_s = time.monotonic() - self.stopped_at
+        if live:
+            self._send_live()
+        else:
+            self._send_stopped()
+        if debug and live and not self.stream_type.checkpointed:
+            self._send_to_compare()
+        self._send_state()
+        if self.stream_type.checkpointed:
+            while self._checkpoint():
+                self._suspend_and_send_dirty("checkpoint")
+                self._send_state()
+            self.result.ended = "checkpoint"
+        else:
+            channel.records([libxc.End()])
+            self._ours_to_resume = False  # the receiver has all of it
+            self.result.downtime_s = time.monotonic() - self._stopped_at
+
+    def _send_state(self) -> None:
+        self._check_suspended()
+        self.channel.records(self.source.state_records())
 
     def _checkpoint(self) -> bool:
-        """Write a CHECKPOINT record and ask whether there shall be another one."""
+        """Write a CHECKPOINT record, make the callbacks, and return whether there is to be another one."""
         self.channel.records([libxc.Checkpoint()])
         self.result.checkpoints += 1
         if self.result.checkpoints == 1:
-            self.result.downtime_s = time.monotonic() - self.stopped_at
+            self.result.downtime_s = time.monotonic() - self._stopped_at
         callbacks = self.callbacks
-        if self.stream_type is StreamType.COLO:
-            if not self._ask("checkpoint", callbacks.checkpoint):
-                raise SaveError("the checkpoint callback failed: it answered 0")
-            return self._ask("postcopy", callbacks.postcopy or self._resume) and self._ask(
-                "wait_checkpoint", callbacks.wait_checkpoint
-            )
-        return self._ask("postcopy", callbacks.postcopy or self._resume) and self._ask(
-            "checkpoint", callbacks.checkpoint
-        )
-
-    def _ask(self, name: str, callback: Callable[[], int] | None) -> bool:
-        assert callback is not None  # _check_arguments saw to it
-        answer = callback()
-        if answer < 0:
-            raise SaveError(f"the {name} callback failed: it answered {answer}")
-        return answer > 0
+        postcopy = callbacks.postcopy or self._resume
+        if self.stream_type is StreamType.REMUS:
+            return _ask("postcopy", postcopy) and _ask("checkpoint", callbacks.checkpoint)
+        if not _ask("checkpoint", callbacks.checkpoint):
+            raise SaveError("the checkpoint callback failed: it answered 0, which ends no COLO stream")
+        return _ask("postcopy", postcopy) and _ask("wait_checkpoint", callbacks.wait_checkpoint)
 
     def _resume(self) -> int:
         self.source.resume()
@@ -287,39 +269,41 @@ class _Save:
 
     def _send_stopped(self) -> None:
         self._suspend()
-        self.dirty.fill()
-        self._send_pass("memory", self.dirty.size)
+        self.memory.dirty.fill()
+        self.memory.send("memory", self.memory.dirty.size)
 
     def _send_live(self) -> None:
         self._start_log()
-        self._precopy()
+        self.memory.guest_runs = True
+        self._precopy(self.callbacks.precopy_policy or xen_default)
         self._suspend_and_send_dirty("stop-and-copy")
-        if self.debug and self.stream_type is StreamType.PLAIN:
-            self._send_to_compare()
 
-    def _send_checkpoint(self) -> None:
-        self._suspend_and_send_dirty("checkpoint")
+    def _precopy(self, policy: PrecopyPolicy) -> None:
+        """Send memory while the guest runs, until the policy has enough.
 
-    def _precopy(self) -> None:
-        """Send pages while the guest runs. As Xen does, pages that the policy saw are sent when it stops."""
-        policy = self.callbacks.precopy_policy or xen_default
-        self.dirty.fill()
-        stats = PrecopyStats(0, 0, self.dirty.size)
-        dirty_count = stats.dirty_count
+        It is asked before a pass, whose pages are sent even if it says stop, and again behind it.
+        """
+        memory = self.memory
+        memory.dirty.fill()
+        stats = PrecopyStats(iteration=0, total_written=0, dirty_count=memory.dirty.size)
         while True:
             decision = policy(stats)
-            if dirty_count and decision is not Decision.ABORT:
-                self._send_pass("precopy", dirty_count, stats.dirty_rate)
+            if stats.dirty_count and decision is not Decision.ABORT:
+                memory.send("precopy", stats.dirty_count, stats.dirty_rate)
             if decision is not Decision.CONTINUE_PRECOPY:
                 break
             self.result.iterations += 1
-            written = stats.total_written + dirty_count
-            stats = PrecopyStats(self.result.iterations, written, -1, self._bandwidth, None)
+            stats = PrecopyStats(
+                iteration=self.result.iterations,
+                total_written=stats.total_written + stats.dirty_count,
+                dirty_count=-1,
+                bandwidth=memory.bandwidth,
+            )
             decision = policy(stats)
             if decision is not Decision.CONTINUE_PRECOPY:
                 break
             dirty_count, dirty_rate = self._take_log()
-            stats = PrecopyStats(self.result.iterations, written, dirty_count, self._bandwidth, dirty_rate)
+            stats = replace(stats, dirty_count=dirty_count, dirty_rate=dirty_rate)
         if decision is Decision.ABORT:
             raise SaveError(
                 f"the policy broke the save off after {self.result.iterations} rounds of precopy, "
@@ -328,77 +312,34 @@ class _Save:
 
     def _suspend_and_send_dirty(self, kind: PassKind) -> None:
         self._suspend()
+        memory = self.memory
         dirty_count, dirty_rate = self._take_log()
-        dirty_count += len(self.deferred)
-        self.dirty |= self.deferred
+        memory.dirty |= memory.deferred
+        dirty_count += len(memory.deferred)
         if kind == "checkpoint" and self.stream_type is StreamType.COLO:
-            self.receive_dirty(self.dirty)
-        self.deferred.clear()
-        self._send_pass(kind, dirty_count, dirty_rate)
+            self.receive_dirty(memory.dirty)
+        memory.deferred.clear()
+        memory.send(kind, dirty_count, dirty_rate)
 
     def _send_to_compare(self) -> None:
+        memory = self.memory
         self.channel.records([libxc.Verify()])
-        self.dirty.fill()
-        self._send_pass("verify", self.dirty.size)
-        self.source.peek_dirty_log(self.dirty)
-        if written_to := len(self.dirty):
+        memory.dirty.fill()
+        memory.send("verify", memory.dirty.size)
+        self.source.peek_dirty_log(memory.dirty)
+        if written_to := len(memory.dirty):
             self.result.warnings.append(f"{written_to} pages were written to while the guest was suspended")
-
-    def _send_pass(self, kind: PassKind, expected: int, dirty_rate: float | None = None) -> None:
-        """Send what is in ``self.dirty``; ``expected`` is how many PFNs that should be, for the display."""
-        downtime_s = None if self._bandwidth is None else expected * PAGE_SIZE / self._bandwidth
-        self.progress.begin(PassStart(kind, self.passes, expected, dirty_rate, downtime_s))
-        started, before, entries = time.monotonic(), self.channel.written, 0
-        for pfns in self.dirty.batches(self.batch_size):
-            octets = self._send_batch(pfns)
-            entries += len(pfns)
-            self.progress.advance(len(pfns), octets)
-        seconds = time.monotonic() - started
-        octets = self.channel.written - before
-        self.sending_s += seconds
-        self.progress.end(PassReport(kind, self.passes, entries, octets, seconds, dirty_rate, downtime_s))
-        self.passes += 1
-
-    def _send_batch(self, pfns: npt.NDArray[np.uint64]) -> int:
-        """Write one PAGE_DATA record; return its octets. A batch without any page is written as well."""
-        types = self.source.page_types(pfns)
-        _check_types(pfns, types)
-        if self.source.guest_type is GuestType.PV and not self.source.suspended:
-            # A PFN without a frame may get one before the end, which no log tells (Xen: INVALID_MFN).
-            self.deferred.add(pfns[types == PageType.XTAB])
-        has_data = _HAS_DATA[types]
-        pages: list[memoryview] = []
-        if has_data.any():
-            wanted = pfns[has_data]
-            buffers, waiting = self.source.pages(wanted, types[has_data])
-            pages = list(buffers)
-            count = len(wanted)
-            if waiting.any():
-                self._defer_waiting(wanted[waiting])
-                types = types.copy()
-                types[np.flatnonzero(has_data)[waiting]] = PageType.XTAB
-                count -= int(np.count_nonzero(waiting))
-            _check_octets(pages, count, pfns)
-            self.result.pages += count
-        entries = (types.astype(np.uint64) << np.uint64(TYPE_SHIFT)) | pfns
-        return self.channel.pages(array_of(8, entries), pages)
-
-    def _defer_waiting(self, pfns: npt.NDArray[np.uint64]) -> None:
-        if self.source.suspended:
-            raise GuestError(
-                f"the page table at PFN {int(pfns[0]):#x} cannot be read although the guest is suspended"
-            )
-        self.deferred.add(pfns)
 
     # The guest
 
     def _suspend(self) -> None:
-        self.stopped_at = time.monotonic()
+        self._stopped_at = time.monotonic()
         if self.callbacks.suspend is None:
             self.source.suspend()
         elif self.callbacks.suspend() == 0:
             raise SaveError("the suspend callback failed: it answered 0")
         self._check_suspended()
+        self.memory.guest_runs = False
 
     def _check_suspended(self) -> None:
         if not self.source.suspended:
@@ -414,34 +355,21 @@ class _Save:
                 self.source.enable_dirty_log()
             except GuestError:
                 raise refused from None
-        self.logging = True
-        self.log_taken_at = time.monotonic()
+        self._logging = True
+        self._log_taken_at = time.monotonic()
 
     def _take_log(self) -> tuple[int, float]:
-        """Move the guest's log into ``self.dirty``; return its pages, and octets dirtied a second."""
-        self.source.clean_dirty_log(self.dirty)
+        """Move the guest's log into ``memory.dirty``; return its pages, and octets dirtied a second."""
+        self.source.clean_dirty_log(self.memory.dirty)
         now = time.monotonic()
-        since, self.log_taken_at = now - self.log_taken_at, now
-        count = len(self.dirty)
-        return count, count * PAGE_SIZE / max(since, 1e-9)
-
-    @property
-    def _bandwidth(self) -> float | None:
-        """Octets a second that the channel took, over all passes so far."""
-        return self.channel.written / self.sending_s if self.sending_s > 0 else None
+        since_s, self._log_taken_at = now - self._log_taken_at, now
+        count = len(self.memory.dirty)
+        return count, count * PAGE_SIZE / max(since_s, 1e-9)
 
 
-def _check_types(pfns: npt.NDArray[np.uint64], types: npt.NDArray[np.uint8]) -> None:
-    known = _KNOWN[types]
-    if not known.all():
-        at = int(np.argmin(known))
-        raise GuestError(f"PFN {int(pfns[at]):#x} has the page type {int(types[at]):#x}, which is unknown")
-
-
-def _check_octets(pages: list[memoryview], count: int, pfns: npt.NDArray[np.uint64]) -> None:
-    octets = sum(page.nbytes for page in pages)
-    if octets != count * PAGE_SIZE:
-        raise GuestError(
-            f"the guest gave {octets} octets for {count} pages of PFNs {int(pfns[0]):#x} to "
-            f"{int(pfns[-1]):#x}, not {count * PAGE_SIZE}"
-        )
+def _ask(name: str, callback: Callable[[], int] | None) -> bool:
+    assert callback is not None  # _check_arguments saw to it
+    answer = callback()
+    if answer < 0:
+        raise SaveError(f"the {name} callback failed: it answered {answer}")
+    return answer > 0
