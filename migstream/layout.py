@@ -72,7 +72,12 @@ _STATIC = Need(libxc.StaticDataEnd, enforced=True)
 _STATIC_BY_SPEC = Need(libxc.StaticDataEnd, enforced=False)
 _PAGES_BY_SPEC = Need(PageData, enforced=False)
 _PARAMS_BY_SPEC = Need(libxc.HvmParams, enforced=False)
-_VCPU_NEEDS = (_STATIC_BY_SPEC, _INFO, Need(libxc.X86PvP2mFrames, enforced=False), _PAGES_BY_SPEC)
+_VCPU_NEEDS = (
+    _STATIC_BY_SPEC,
+    Need(libxc.X86PvInfo, enforced=False),
+    Need(libxc.X86PvP2mFrames, enforced=False),
+    _PAGES_BY_SPEC,
+)
 
 TABLE: dict[type[Record], Place] = {
     place.record: place
@@ -172,9 +177,13 @@ class Layout:
         return libxc.StaticDataEnd in self.seen
 
     def infers_static_data_end(self, record: type[Record]) -> bool:
-        """Whether ``record`` tells the end of static data of a version 2 stream (v3 compat with v2)."""
-        first = libxc.X86PvP2mFrames if self.guest is GuestType.PV else PageData
-        return self.version < 3 and record is first and not self.static_data_ended
+        """Whether ``record`` tells the end of static data of a version 2 stream (v3 compat with v2).
+
+        A PV guest's P2M_FRAMES come before its pages; Xen infers from a PAGE_DATA all the same, and then
+        refuses it for want of P2M_FRAMES.
+        """
+        first = {PageData, libxc.X86PvP2mFrames} if self.guest is GuestType.PV else {PageData}
+        return self.version < 3 and record in first and not self.static_data_ended
 
     def problems(self, record: type[Record], vcpu_id: int = 0) -> list[Problem]:
         """Return what is wrong with a record of this type coming next, the gravest first."""

@@ -107,6 +107,10 @@ class RestoreTarget(Protocol):
     def max_pfn(self) -> int:
         """The highest PFN that this target will take; a page beyond it is refused, never allocated."""
 
+    @property
+    def vcpu_limit(self) -> int:
+        """How many virtual processors this target can have; the state of one beyond is refused."""
+
     def populate(self, pfns: npt.NDArray[np.uint64]) -> None:
         """Give the guest memory at ``pfns``, none of which has any. Raises `GuestError` if none is left."""
 
