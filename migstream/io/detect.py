@@ -6,19 +6,24 @@ the layer that starts at a place, or raises an error that names what stands ther
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Callable
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from migstream.errors import FormatError, TruncatedError
 from migstream.io import fd as fdio
 from migstream.io.inputs import CodecInput, DescriptorInput, FileInput, Input
 from migstream.records import libxc, libxl, xl
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer as Buffer
+
 __all__ = ["layer_at", "open_input"]
 
-MAX_WINDOW = 128 << 20  # octets of history that a zstd frame may ask for: zstd's own --long default
+MAX_WINDOW = 128 << 20  # octets of history that compressed data may ask for: zstd's own --long default
+XZ_CHUNK = 128 << 10
 LIBXC_MAGIC = libxc.MARKER.to_bytes(8, "big") + libxc.IMAGE_ID.to_bytes(4, "big")
 LIBXL_MAGIC = libxl.IDENT.to_bytes(8, "big")
 
@@ -63,9 +68,44 @@ def _gzip(raw: BinaryIO) -> BinaryIO:
 
 
 def _xz(raw: BinaryIO) -> BinaryIO:
-    import lzma
+    return cast(BinaryIO, io.BufferedReader(_XzReader(raw), XZ_CHUNK))
 
-    return cast(BinaryIO, lzma.LZMAFile(raw, mode="rb"))
+
+class _XzReader(io.RawIOBase):
+    """As lzma.LZMAFile, but with a bound on memory: an xz header may ask for a dictionary of 4 GiB."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._start_stream()
+
+    def _start_stream(self) -> None:
+        import lzma
+
+        self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_WINDOW)
+        self._begun = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer) -> int:
+        view = memoryview(buffer).cast("B")
+        unpacked = b""
+        while view and not unpacked:
+            packed = b""
+            if self._decoder.eof:
+                packed = self._decoder.unused_data
+                self._start_stream()
+            if not packed and self._decoder.needs_input:
+                packed = self._raw.read(XZ_CHUNK)
+                if not packed:
+                    return 0
+            if not self._begun:
+                packed = packed.lstrip(b"\0")  # padding between streams
+                self._begun = bool(packed)
+            if self._begun:
+                unpacked = self._decoder.decompress(packed, len(view))
+        view[: len(unpacked)] = unpacked
+        return len(unpacked)
 
 
 _CODECS: dict[bytes, tuple[str, Callable[[BinaryIO], BinaryIO]]] = {
@@ -139,29 +179,29 @@ def describe(start: bytes) -> str:
             return name
     if start.startswith(b"\xff" * 8):
         return f"a libxc marker whose id is {start[8:12].hex() or 'cut off'} instead of 58454e46 (XENF)"
-    if _looks_legacy(start):
+    legacy = _legacy(start)
+    if legacy:
         return (
-            "what looks like a legacy (version 1) libxc stream, as Xen 4.5 and earlier wrote it; "
-            "Xen's convert-legacy-stream turns it into this format"
+            f"what looks like a legacy (version 1) libxc stream of {legacy}, as Xen 4.5 and earlier wrote "
+            "it; Xen's convert-legacy-stream turns it into this format"
         )
     if re.fullmatch(rb"[\t\n\r\x20-\x7e]+", start):
         return f"text: {start[:24].decode('ascii')!r}"
     return f"unknown octets {start[:16].hex(' ')}"
 
 
-def _looks_legacy(start: bytes) -> bool:
-    """Whether this may be a legacy stream (the specification's section Legacy Images).
+def _legacy(start: bytes) -> str:
+    """Say which toolstack and guest a legacy stream is from, or return an empty string for none.
 
-    It starts with the number of PFNs, of the toolstack's word size; then a PV guest has an extended-info
-    chunk (all ones), an HVM guest a chunk with a small positive page count or a small negative id.
+    Source: the specification's section Legacy Images, and xc_domain_save of Xen 4.4. It starts with the
+    number of PFNs, of the toolstack's word size. Then a PV guest has an extended-info chunk, all ones; an
+    HVM guest has an int: the number of pages in a batch, at most 1024, or a small negative chunk id.
     """
     for width in (8, 4):
         if len(start) < width + 4:
             continue
         pfns = int.from_bytes(start[:width], "little")
-        if not 16 <= pfns < 1 << 32:
-            continue
         chunk = int.from_bytes(start[width : width + 4], "little", signed=True)
-        if -20 <= chunk <= 1024 and chunk != 0:
-            return True
-    return False
+        if 16 <= pfns < 1 << 32 and -20 <= chunk <= 1024 and chunk != 0:
+            return f"a {8 * width}-bit toolstack and {'a PV' if chunk == -1 else 'an HVM'} guest"
+    return ""

@@ -14,7 +14,8 @@ import errno
 import os
 import select
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 from migstream.errors import DeadlineError
 
@@ -27,6 +28,7 @@ __all__ = [
     "read",
     "read_into",
     "transfer",
+    "views",
     "widen_pipe",
     "write_vectors",
 ]
@@ -110,7 +112,8 @@ def read(fd: int, length: int, timeout_s: float | None = None) -> bytes:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def _views(buffers: Iterable[memoryview]) -> list[memoryview]:
+def views(buffers: Iterable[memoryview]) -> list[memoryview]:
+    """Return ``buffers`` as flat views of octets, without the empty ones."""
     return [
         view.cast("B") if view.format != "B" or view.ndim != 1 else view for view in buffers if view.nbytes
     ]
@@ -130,7 +133,7 @@ def _advance(vectors: list[memoryview], first: int, done: int) -> int:
 
 def read_into(fd: int, buffers: Iterable[memoryview], timeout_s: float | None = None) -> int:
     """Fill writable ``buffers`` in turn; return the octets read, fewer only at the end of input."""
-    vectors = _views(buffers)
+    vectors = views(buffers)
     first = total = 0
     while first < len(vectors):
         _read_ready(fd, timeout_s)
@@ -159,7 +162,7 @@ def pread(fd: int, length: int, offset: int) -> bytes:
 
 def pread_into(fd: int, buffers: Iterable[memoryview], offset: int) -> int:
     """Fill writable ``buffers`` in turn from ``offset``; return the octets read, fewer only at the end."""
-    vectors = _views(buffers)
+    vectors = views(buffers)
     first = total = 0
     while first < len(vectors):
         done = os.preadv(fd, vectors[first : first + IOV_MAX], offset + total)
@@ -177,13 +180,13 @@ def write_vectors(
 
     Raises `BrokenPipeError` when the reader has gone and `DeadlineError` when it stops reading.
     """
-    vectors = _views(memoryview(buffer) for buffer in buffers)
+    vectors = views(memoryview(buffer) for buffer in buffers)
+    limited = timeout_s is not None and file_size(fd) is None
+    write = partial(_write_now, timeout_s=timeout_s) if limited else os.writev
     first = total = 0
     while first < len(vectors):
-        if timeout_s is not None:
-            _wait(fd, select.POLLOUT, timeout_s)
         try:
-            done = os.writev(fd, vectors[first : first + IOV_MAX])
+            done = write(fd, vectors[first : first + IOV_MAX])
         except BlockingIOError:
             _wait(fd, select.POLLOUT, timeout_s)
             continue
@@ -192,24 +195,46 @@ def write_vectors(
     return total
 
 
+def _write_now(fd: int, vectors: list[memoryview], timeout_s: float | None) -> int:
+    """Write what fits without blocking, also where the descriptor blocks.
+
+    The descriptor itself is not made non-blocking: other processes may share it.
+    """
+    try:
+        return os.pwritev(fd, vectors, -1, os.RWF_NOWAIT)  # -1: in sequence
+    except OSError as exc:
+        if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+    # Pipes and sockets before Linux 6.4: room for PIPE_BUF is what poll promises.
+    _wait(fd, select.POLLOUT, timeout_s)
+    return os.write(fd, vectors[0][: select.PIPE_BUF])
+
+
 def transfer(
-    source: int, target: int, length: int, offset: int | None = None, timeout_s: float | None = None
+    source: int,
+    target: int,
+    length: int,
+    offset: int | None = None,
+    timeout_s: float | None = None,
+    target_timeout_s: float | None = None,
 ) -> int:
     """Move ``length`` octets from one descriptor to another; return how many, fewer only at the end.
 
     ``offset`` is where to read in a file (its own position then stays), ``None`` for a descriptor that
     is read in sequence. Within the kernel where it can: copy_file_range between files, splice where one
-    side is a pipe, sendfile from a file; else through a buffer of 256 KiB.
+    side is a pipe, sendfile from a file; else through a buffer of 256 KiB. ``timeout_s`` bounds each wait
+    for the source, ``target_timeout_s`` each for the target.
     """
     moved = 0
-    for mover in _movers(source, target, offset):
+    for mover in _movers(source, target, offset, limited=target_timeout_s is not None):
         while moved < length:
             if timeout_s is not None:
-                _wait_for_both(source, target, timeout_s)
+                _wait_for_source(source, timeout_s)
             try:
                 done = mover(min(length - moved, COPY_CHUNK), moved)
             except BlockingIOError:
-                _wait_for_both(source, target, timeout_s)
+                _wait_for_source(source, timeout_s)
+                _wait(target, select.POLLOUT, target_timeout_s)
                 continue
             except OSError as exc:
                 if exc.errno not in _CANNOT:
@@ -221,41 +246,46 @@ def transfer(
         if moved == length:
             return moved
     rest = None if offset is None else offset + moved
-    return moved + _bounce(source, target, length - moved, rest, timeout_s)
+    return moved + _bounce(source, target, length - moved, rest, timeout_s, target_timeout_s)
 
 
-class _Mover:
-    """One in-kernel way to move octets, as a call of (length, already moved)."""
-
-    def __init__(self, kind: str, source: int, target: int, offset: int | None) -> None:
-        self.kind, self.source, self.target, self.offset = kind, source, target, offset
-
-    def __call__(self, length: int, moved: int) -> int:
-        at = None if self.offset is None else self.offset + moved
-        if self.kind == "copy_file_range":
-            return os.copy_file_range(self.source, self.target, length, at)
-        if self.kind == "splice":
-            return os.splice(self.source, self.target, length, at)
-        return os.sendfile(self.target, self.source, at, length)
+#: An in-kernel way to move octets: a call of (length, already moved) that returns how many went.
+_Mover = Callable[[int, int], int]
 
 
-def _movers(source: int, target: int, offset: int | None) -> Iterator[_Mover]:
+def _movers(source: int, target: int, offset: int | None, *, limited: bool) -> Iterator[_Mover]:
+    """Yield the ways to try, best first; ``limited``: only such as never block on the target."""
+
+    def at(moved: int) -> int | None:
+        return None if offset is None else offset + moved
+
     target_mode = os.fstat(target).st_mode
-    if offset is not None:
-        if stat.S_ISREG(target_mode):
-            yield _Mover("copy_file_range", source, target, offset)
-        yield _Mover("sendfile", source, target, offset)
-    elif is_pipe(source) or stat.S_ISFIFO(target_mode):
-        yield _Mover("splice", source, target, None)
+    if offset is not None and stat.S_ISREG(target_mode):
+        yield lambda length, moved: os.copy_file_range(source, target, length, at(moved))
+    if stat.S_ISFIFO(target_mode):
+        flags = os.SPLICE_F_NONBLOCK if limited else 0
+        yield lambda length, moved: os.splice(source, target, length, at(moved), None, flags)
+    elif limited and not stat.S_ISREG(target_mode):
+        return
+    elif offset is not None:
+        yield lambda length, moved: os.sendfile(target, source, at(moved), length)
+    elif is_pipe(source):
+        yield lambda length, moved: os.splice(source, target, length)
 
 
-def _wait_for_both(source: int, target: int, timeout_s: float | None) -> None:
+def _wait_for_source(source: int, timeout_s: float | None) -> None:
     if file_size(source) is None:
         _wait(source, select.POLLIN, timeout_s)
-    _wait(target, select.POLLOUT, timeout_s)
 
 
-def _bounce(source: int, target: int, length: int, offset: int | None, timeout_s: float | None) -> int:
+def _bounce(
+    source: int,
+    target: int,
+    length: int,
+    offset: int | None,
+    timeout_s: float | None,
+    target_timeout_s: float | None,
+) -> int:
     buffer = memoryview(bytearray(min(length, SCRATCH)))
     moved = 0
     while moved < length:
@@ -264,7 +294,7 @@ def _bounce(source: int, target: int, length: int, offset: int | None, timeout_s
             got = read_into(source, [piece], timeout_s)
         else:
             got = pread_into(source, [piece], offset + moved)
-        write_vectors(target, [piece[:got]], timeout_s)
+        write_vectors(target, [piece[:got]], target_timeout_s)
         moved += got
         if got < len(piece):
             break

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import BinaryIO, cast
 
-from migstream.errors import FormatError
+from migstream.errors import FormatError, MigstreamError
 from migstream.io import fd as fdio
 
 __all__ = ["CodecInput", "DescriptorInput", "FileInput", "Input", "MemoryInput"]
@@ -41,15 +41,18 @@ class Input(ABC):
         """Fill ``buffers`` in turn; return the octets read, fewer only at the end."""
 
     @abstractmethod
-    def splice_to(self, target: int, length: int) -> int:
-        """Move octets to the descriptor ``target``; return how many, fewer only at the end."""
+    def splice_to(self, target: int, length: int, timeout_s: float | None = None) -> int:
+        """Move octets to the descriptor ``target``; return how many, fewer only at the end.
+
+        ``timeout_s`` bounds each wait for ``target``.
+        """
 
     @abstractmethod
     def skip(self, length: int) -> int:
         """Pass over octets; return how many there were, fewer only at the end."""
 
     def close(self) -> None:  # noqa: B027  nothing to let go of, for most
-        """Let go of what the input itself opened."""
+        """Let go of what the input itself opened. May be called again."""
 
     @property
     def remaining(self) -> int | None:
@@ -67,6 +70,7 @@ class FileInput(Input):
         self.size = self._measure()
         self._window = b""
         self._window_at = 0
+        self._closed = False
 
     def _measure(self) -> int:
         return max(0, (fdio.file_size(self._fd) or 0) - self._start)
@@ -81,31 +85,38 @@ class FileInput(Input):
         if at >= 0 and at + length <= len(self._window):
             return self._window[at : at + length]
         if length > WINDOW:
-            left = self.remaining or 0
-            return fdio.pread(self._fd, min(length, left), self._start + self.position)
+            return fdio.pread(self._fd, self._present(length), self._start + self.position)
         self._window = fdio.pread(self._fd, WINDOW, self._start + self.position)
         self._window_at = self.position
         return self._window[:length]
+
+    def _present(self, length: int) -> int:
+        """Return how many of the next ``length`` octets there are; the file may have grown since."""
+        if self.position + length > (self.size or 0):
+            self.size = self._measure()
+        return min(length, self.remaining or 0)
 
     def readv_into(self, buffers: Iterable[memoryview]) -> int:
         done = fdio.pread_into(self._fd, buffers, self._start + self.position)
         self.position += done
         return done
 
-    def splice_to(self, target: int, length: int) -> int:
-        done = fdio.transfer(self._fd, target, length, self._start + self.position)
+    def splice_to(self, target: int, length: int, timeout_s: float | None = None) -> int:
+        at = self._start + self.position
+        done = fdio.transfer(self._fd, target, length, at, target_timeout_s=timeout_s)
         self.position += done
         return done
 
     def skip(self, length: int) -> int:
-        if self.position + length > (self.size or 0):
-            self.size = self._measure()  # it may have grown since
-        done = min(length, self.remaining or 0)
+        done = self._present(length)
         self.position += done
         return done
 
     def close(self) -> None:
         """Close an owned descriptor; leave another's where reading stopped."""
+        if self._closed:
+            return
+        self._closed = True
         if self._owned:
             os.close(self._fd)
         else:
@@ -146,7 +157,7 @@ class DescriptorInput(Input):
         return self._ahead[:length]
 
     def readv_into(self, buffers: Iterable[memoryview]) -> int:
-        vectors = [view.cast("B") for view in buffers if view.nbytes]
+        vectors = fdio.views(buffers)
         done = 0
         while self._ahead and vectors:
             piece = self._take_ahead(len(vectors[0]))
@@ -159,10 +170,10 @@ class DescriptorInput(Input):
         self.position += got
         return done + got
 
-    def splice_to(self, target: int, length: int) -> int:
+    def splice_to(self, target: int, length: int, timeout_s: float | None = None) -> int:
         ahead = self._take_ahead(length)
-        fdio.write_vectors(target, [ahead], self._timeout_s)
-        done = fdio.transfer(self._fd, target, length - len(ahead), timeout_s=self._timeout_s)
+        fdio.write_vectors(target, [ahead], timeout_s)
+        done = fdio.transfer(self._fd, target, length - len(ahead), None, self._timeout_s, timeout_s)
         self.position += done
         return len(ahead) + done
 
@@ -184,6 +195,7 @@ class DescriptorInput(Input):
             os.close(self._drop)
             self._drop = None
         if self._owned:
+            self._owned = False
             os.close(self._fd)
 
 
@@ -204,18 +216,17 @@ class MemoryInput(Input):
 
     def readv_into(self, buffers: Iterable[memoryview]) -> int:
         done = 0
-        for buffer in buffers:
-            view = buffer.cast("B")
+        for view in fdio.views(buffers):
             piece = self._view[self.position : self.position + len(view)]
             view[: len(piece)] = piece
             self.position += len(piece)
             done += len(piece)
         return done
 
-    def splice_to(self, target: int, length: int) -> int:
+    def splice_to(self, target: int, length: int, timeout_s: float | None = None) -> int:
         piece = self._view[self.position : self.position + length]
         self.position += len(piece)
-        return fdio.write_vectors(target, [piece])
+        return fdio.write_vectors(target, [piece], timeout_s)
 
     def skip(self, length: int) -> int:
         done = min(length, len(self._view) - self.position)
@@ -231,23 +242,29 @@ class CodecInput(Input):
         self._reader = reader
         self._codec = codec
         self._ahead = b""
+        self._unpacked = 0  # octets that the codec has given so far
 
     def _fill(self, view: memoryview) -> int:
         done = 0
         while done < len(view):
             try:
                 got = cast("_ReadsInto", self._reader).readinto(view[done:])
+            except EOFError:
+                break  # gzip and xz say so, zstd does not: the reader finds what is missing
             except Exception as exc:
                 # Each codec has errors of its own, without a common base: zstandard.ZstdError,
-                # zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError.
+                # zlib.error, lzma.LZMAError, gzip.BadGzipFile (an OSError without errno).
+                if isinstance(exc, MigstreamError) or getattr(exc, "errno", None) is not None:
+                    raise  # the input's own
                 raise FormatError(
                     f"the {self._codec} data are damaged: {exc}",
-                    offset=self.position + len(self._ahead) + done,
+                    offset=self._unpacked + done,
                     hint="the offset is in the unpacked data",
                 ) from exc
             if not got:
                 break
             done += got
+        self._unpacked += done
         return done
 
     def _unpack(self, length: int) -> bytes:
@@ -274,8 +291,7 @@ class CodecInput(Input):
 
     def readv_into(self, buffers: Iterable[memoryview]) -> int:
         done = 0
-        for buffer in buffers:
-            view = buffer.cast("B")
+        for view in fdio.views(buffers):
             ahead = self._ahead[: len(view)]
             self._ahead = self._ahead[len(ahead) :]
             view[: len(ahead)] = ahead
@@ -286,13 +302,13 @@ class CodecInput(Input):
                 break
         return done
 
-    def splice_to(self, target: int, length: int) -> int:
+    def splice_to(self, target: int, length: int, timeout_s: float | None = None) -> int:
         done = 0
         while done < length:
             piece = self.read(min(length - done, SCRATCH))
             if not piece:
                 break
-            fdio.write_vectors(target, [piece])
+            fdio.write_vectors(target, [piece], timeout_s)
             done += len(piece)
         return done
 

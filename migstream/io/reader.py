@@ -14,14 +14,14 @@ pipe is drained.
 
 Which layer the next record belongs to follows from the one before it, as a table says (`_NEXT`):
 libxc's END hands back to libxl; so does CHECKPOINT, and libxl's CHECKPOINT_END hands to libxc again,
-without new headers.
+without new headers. Where the layer that should go on is not open, the present one stays.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -48,7 +48,9 @@ from migstream.records.schema import Array
 
 __all__ = ["Frame", "Item", "Layer", "Payload", "Stream", "Trailer", "open", "open_memory"]
 
-MAX_OPTIONAL_DATA = 16 << 20  # octets of config that an xl file may carry; real ones have a few KiB
+MAX_OPTIONAL_DATA = 1 << 20  # octets of config that an xl file may carry; real ones have a few KiB
+EVERYTHING = 1 << 62  # more octets than any input has
+MAX_LAYERS = 64  # headers in one input; a real stream has three layers, and each is remembered
 ENTRIES_AT_ONCE = 1 << 16  # PAGE_DATA entries decoded at a time: 512 KiB, however long the record
 
 D = TypeVar("D", bound=Declaration)
@@ -71,7 +73,6 @@ class Layer:
     offset: int
     order: ByteOrder
     headers: tuple[Declaration, ...]
-    ended: bool = field(default=False, compare=False)
 
     def header(self, kind: type[D]) -> D | None:
         """Return the header of class ``kind``, if this layer has one."""
@@ -93,6 +94,12 @@ class Payload:
     def _place(self) -> tuple[str | None, RecordRef | None]:
         return None, None
 
+    def _within(self, length: int) -> int:
+        """Check that ``length`` octets are left, so that no consumer reads into the next record."""
+        if length < 0 or (self._left is not None and length > self._left):
+            raise ValueError(f"{length} octets asked for, {self._left} are left")
+        return length
+
     def _taken(self, wanted: int | None, done: int) -> None:
         if self._left is not None:
             self._left -= done
@@ -108,9 +115,7 @@ class Payload:
 
     def read(self, length: int) -> bytes:
         """Read the next ``length`` octets; no more than are left may be asked for."""
-        if self._left is not None and length > self._left:
-            raise ValueError(f"{length} octets asked for, {self._left} are left")
-        piece = self._stream.input.read(length)
+        piece = self._stream.input.read(self._within(length))
         self._taken(None if self._left is None else length, len(piece))
         return piece
 
@@ -120,26 +125,27 @@ class Payload:
         Together they may be no longer than what is left. Raises `TruncatedError` at the end of input.
         """
         vectors = list(buffers)
-        wanted = sum(view.nbytes for view in vectors)
-        if self._left is not None and wanted > self._left:
-            raise ValueError(f"buffers of {wanted} octets, {self._left} are left")
+        wanted = self._within(sum(view.nbytes for view in vectors))
         done = self._stream.input.readv_into(vectors)
         self._taken(None if self._left is None else wanted, done)
         return done
 
-    def splice_to(self, target: int, length: int | None = None) -> int:
-        """Move ``length`` octets (default: all that are left) to the descriptor ``target``, uncopied."""
-        wanted = self._left if length is None else length
-        done = self._stream.input.splice_to(target, (1 << 62) if wanted is None else wanted)
+    def splice_to(self, target: int, length: int | None = None, *, timeout_s: float | None = None) -> int:
+        """Move ``length`` octets (default: all that are left) to the descriptor ``target``, uncopied.
+
+        ``timeout_s`` bounds each wait for ``target``; past it, `DeadlineError`.
+        """
+        wanted = self._left if length is None else self._within(length)
+        done = self._stream.input.splice_to(target, EVERYTHING if wanted is None else wanted, timeout_s)
         self._taken(wanted, done)
         return done
 
     def skip(self, length: int | None = None) -> int:
         """Pass over ``length`` octets (default: all that are left); return how many."""
-        wanted = self._left if length is None else length
+        wanted = self._left if length is None else self._within(length)
         if wanted == 0:
             return 0
-        done = self._stream.input.skip((1 << 62) if wanted is None else wanted)
+        done = self._stream.input.skip(EVERYTHING if wanted is None else wanted)
         self._taken(wanted, done)
         return done
 
@@ -161,7 +167,7 @@ class Frame(Payload):
         self.offset = offset
         self.index = index
         self.padding = b""
-        self._record: Record | None = None
+        self._decoded: Record | StreamError | None = None
 
     def __repr__(self) -> str:
         return (
@@ -220,18 +226,28 @@ class Frame(Payload):
     def record(self) -> Record:
         """Decode the body (of PAGE_DATA, all but the pages). May be called again.
 
-        Raises `FormatError` with the field where the body does not fit the declaration, and
-        `TruncatedError` at the end of input.
+        Raises `FormatError` with the field where the body does not fit the declaration,
+        `TruncatedError` at the end of input, and `ValueError` when part of the body was read otherwise.
         """
-        if self._record is not None:
-            return self._record
-        try:
-            self._record = self._decode()
-        except StreamError as exc:
-            if exc.record is None:
-                exc.located(base=self.body_offset, layer=self.layer.name, record=self.ref)
-            raise
-        return self._record
+        if self._decoded is None:
+            self._check_unread()
+            try:
+                self._decoded = self._decode()
+            except StreamError as exc:
+                self._decoded = self._located(exc)
+        if isinstance(self._decoded, StreamError):
+            raise self._decoded
+        return self._decoded
+
+    def _check_unread(self) -> None:
+        if self._left != self.length:
+            raise ValueError(f"{self!r} is decoded from its start, but part of it was consumed")
+
+    def _located(self, exc: StreamError) -> StreamError:
+        """Turn an offset within the body, as declarations give it, into one of the stream."""
+        if exc.record is None:
+            exc.located(base=self.body_offset, layer=self.layer.name, record=self.ref)
+        return exc
 
     def _decode(self) -> Record:
         declared = self.record_class
@@ -264,15 +280,14 @@ class Frame(Payload):
         """Read PAGE_DATA's head, then its entries, ``at_once`` at most; leaves the pages to be consumed.
 
         Yields (the head as a record without entries, a piece of the entries). An empty record yields
-        one empty piece. Raises `FormatError` as `record` does.
+        one empty piece. Raises as `record` does.
         """
+        self._check_unread()
         try:
             head = self._page_head()
             count = self._entry_count(head)
         except StreamError as exc:
-            if exc.record is None:
-                exc.located(base=self.body_offset, layer=self.layer.name, record=self.ref)
-            raise
+            raise self._located(exc) from None
         order = self.layer.order
         reserved1 = PageData.struct(order).unpack(head)[1]
         record = PageData(entries=Array(8, b"", order), reserved1=reserved1)
@@ -324,7 +339,10 @@ _NEXT = {
 
 
 class Stream:
-    """A migration stream being read. Iterating gives its frames; `items` gives layers and trailer too.
+    """A migration stream being read. Iterating gives its frames and leaves the input behind the last one.
+
+    `items` gives layers and trailer too, for which it looks at the octet behind the end, so on a
+    descriptor it waits for that octet or for the end of input.
 
     ``layers`` grows as headers are met, ``checkpoints`` as they are completed; ``checkpoint_offset`` is
     where the last of them ends. After the last frame, ``ending`` says how the stream ended: ``end`` (an
@@ -338,8 +356,10 @@ class Stream:
         self.checkpoints = 0
         self.checkpoint_offset = 0
         self.ending: str | None = None
+        self._open: dict[str, Layer] = {}  # by name: the layers whose records may go on
         self._at_checkpoint = False
-        self._items: Iterator[Item] | None = None
+        self._walker: Iterator[Layer | Frame] | None = None
+        self._trailer_given = False
 
     def __enter__(self) -> Self:
         return self
@@ -363,7 +383,7 @@ class Stream:
         return next((layer for layer in self.layers if layer.name == name), None)
 
     def __iter__(self) -> Iterator[Frame]:
-        return (item for item in self.items() if isinstance(item, Frame))
+        return (item for item in self._once() if isinstance(item, Frame))
 
     def items(self) -> Iterator[Item]:
         """Yield every `Layer`, `Frame` and `Trailer` in the order of the bytes; one pass over the input.
@@ -371,11 +391,19 @@ class Stream:
         Raises `TruncatedError` where the input ends early and `FormatError` where it cannot be framed,
         after everything before that place was yielded.
         """
-        if self._items is None:
-            self._items = self._walk()
-        return self._items
+        # Not `yield from`, which would end the walk when a consumer drops this generator and asks again.
+        for item in self._once():  # noqa: UP028
+            yield item
+        if self.ending == "end" and not self._trailer_given and self.input.peek(1):
+            self._trailer_given = True
+            yield Trailer(self, self.position)
 
-    def _walk(self) -> Iterator[Item]:
+    def _once(self) -> Iterator[Layer | Frame]:
+        if self._walker is None:
+            self._walker = self._walk()
+        return self._walker
+
+    def _walk(self) -> Iterator[Layer | Frame]:
         layer = self._open_layer(None)
         yield layer
         if layer.name == "xl":
@@ -399,35 +427,27 @@ class Stream:
                 layer = self._open_layer("libxl")
                 yield layer
             else:
-                layer = self._resume(step, frame)
+                layer = self._open.get(step, layer)
         self.ending = "end"
-        if self.input.peek(1):
-            yield Trailer(self, self.position)
 
     def _step(self, frame: Frame, outermost: str) -> str:
         """Return what follows ``frame``: a layer's name, ``libxc header`` or ``end``."""
         name, code = frame.layer.name, frame.code
         ends = name == "libxc" and code == libxc.End.code
         if ends:
-            frame.layer.ended = True
+            del self._open["libxc"]
         bare = outermost == "libxc"
         completes = ("libxc", libxc.Checkpoint.code) if bare else ("libxl", libxl.CheckpointEnd.code)
-        if (name, code) == completes:
+        if (name, code) == ("libxl", libxl.CheckpointState.code):
+            return "libxc" if self._at_checkpoint else "libxl"
+        # Without an image that goes on, a CHECKPOINT_END completes nothing.
+        self._at_checkpoint = (name, code) == completes and "libxc" in self._open
+        if self._at_checkpoint:
             self.checkpoints += 1
             self.checkpoint_offset = self.position
-            self._at_checkpoint = True
-        elif (name, code) != ("libxl", libxl.CheckpointState.code):
-            self._at_checkpoint = False
         if bare:
             return "end" if ends else "libxc"
         return _NEXT.get((name, code), name)
-
-    def _resume(self, name: str, frame: Frame) -> Layer:
-        """Return the open layer ``name``; a CHECKPOINT_END with no libxc image open stays in libxl."""
-        for layer in reversed(self.layers):
-            if layer.name == name and not layer.ended:
-                return layer
-        return frame.layer
 
     def _next_frame(self, layer: Layer, index: int) -> Frame | None:
         offset = self.position
@@ -446,7 +466,7 @@ class Stream:
 
         Its type code is libxc's X86_PV_VCPU_EXTENDED, which never comes first after a checkpoint.
         """
-        enclosing = self.layer("libxl")
+        enclosing = self._open.get("libxl")
         state = libxl.CheckpointState
         if enclosing is not None and code == state.code and length in (state.head_size, 8):
             return enclosing
@@ -476,8 +496,15 @@ class Stream:
         name = layer_at(self.input, inside=inside)
         if inside is not None and name not in {"xl": ("libxl", "libxc"), "libxl": ("libxc",)}[inside]:
             raise FormatError(f"{name} cannot stand inside {inside}", offset=offset, layer=inside)
+        if len(self.layers) == MAX_LAYERS:
+            raise FormatError(
+                f"{name} header number {MAX_LAYERS + 1}: a stream has at most one of each layer",
+                offset=offset,
+                layer=inside,
+            )
         layer = {"xl": self._xl, "libxl": self._libxl, "libxc": self._libxc}[name](offset)
         self.layers.append(layer)
+        self._open[name] = layer
         return layer
 
     def _header(self, kind: type[D], layer: str, order: ByteOrder) -> D:

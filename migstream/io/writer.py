@@ -82,7 +82,7 @@ class StreamWriter:
         self._splice_rest(frame)
 
     def _splice_rest(self, frame: Frame) -> None:
-        self.written += frame.splice_to(self.fd)
+        self.written += frame.splice_to(self.fd, timeout_s=self.timeout_s)
         frame.finish()
         self.write(frame.padding)
 
@@ -108,9 +108,9 @@ def copy_stream(stream: Stream, writer: StreamWriter, *, rebuild: bool = False) 
             case Layer():
                 writer.order = item.order
                 writer.header(*item.headers)
-            case Frame() if rebuild:
-                writer.rebuild(item)
             case Frame():
-                writer.copy(item)
+                writer.order = item.layer.order  # a libxl stream may hold an image of the other order
+                write = writer.rebuild if rebuild else writer.copy
+                write(item)
             case Trailer():
-                writer.written += item.splice_to(writer.fd)
+                writer.written += item.splice_to(writer.fd, timeout_s=writer.timeout_s)

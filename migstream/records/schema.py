@@ -293,6 +293,8 @@ class Declaration:
                         f"{type(self).__name__}.{wire.name} is not the length of {wire.counts}, {actual}"
                     )
                 object.__setattr__(self, wire.name, actual)
+            elif wire.kind == "octets" and len(getattr(self, wire.name)) != wire.size:
+                raise ValueError(f"{type(self).__name__}.{wire.name} has to be {wire.size} octets long")
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -307,6 +309,12 @@ class Declaration:
     def struct(cls, order: ByteOrder) -> struct.Struct:
         """Return the fixed head as a compiled `struct.Struct`, for hot paths."""
         return cls._structs[order]
+
+    @classmethod
+    def offset_of(cls, name: str) -> int:
+        """Return where the field ``name`` starts, in octets; raises `ValueError` for no such field."""
+        names = [wire.name for wire in cls.wire_fields]
+        return sum(wire.size for wire in cls.wire_fields[: names.index(name)])
 
     @classmethod
     def parse(cls, buf: Octets, order: ByteOrder = "little") -> Self:
@@ -380,22 +388,15 @@ class Declaration:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         """Make one from its JSON form; raises `ValueError` for a field that is missing or malformed."""
+        if not isinstance(data, dict):
+            raise ValueError(f"{cls.__name__}: expected an object, found {data!r}")
         values: dict[str, Any] = {}
         for wire in cls.wire_fields:
             if wire.name not in data:
                 raise ValueError(f"{cls.__name__}: the field {wire.name} is missing")
-            value = data[wire.name]
-            if wire.kind == "array":
-                entry = wire.entry
-                value = (
-                    array_of(entry, (entry.from_json(item) for item in value))
-                    if entry
-                    else array_of(wire.size, value)
-                )
-            elif wire.kind == "octets":
-                value = bytes.fromhex(value)
-            values[wire.name] = value
-        values["surplus"] = bytes.fromhex(data.get("surplus", ""))
+            values[wire.name] = _value_from_json(cls, wire, data[wire.name])
+        surplus = WireField(name="surplus", kind="octets", size=0, doc="")
+        values["surplus"] = _value_from_json(cls, surplus, data.get("surplus", ""))
         return cls._from_values(values)
 
 
@@ -416,6 +417,20 @@ def _compile(cls: type[Declaration]) -> None:
     cls.head_size = cls._structs["little"].size
 
 
+def _value_from_json(cls: type[Declaration], wire: WireField, value: Any) -> Any:
+    try:
+        if wire.kind == "octets":
+            return bytes.fromhex(value)
+        if wire.kind == "int":
+            struct.pack(_ORDER_CHAR["little"] + _INT_CHAR[wire.size], value)  # refuses what does not fit
+            return value
+        if wire.entry:
+            return array_of(wire.entry, [wire.entry.from_json(item) for item in value])
+        return array_of(wire.size, value)
+    except (TypeError, ValueError, struct.error) as exc:
+        raise ValueError(f"{cls.__name__}.{wire.name}: {exc}") from None
+
+
 def _tail_length(cls: type[Declaration], wire: WireField, values: dict[str, Any], available: int) -> int:
     unit = wire.size if wire.kind == "array" else 1
     if not wire.counted_by:
@@ -425,8 +440,8 @@ def _tail_length(cls: type[Declaration], wire: WireField, values: dict[str, Any]
         raise FormatError(
             f"{wire.counted_by} is {count}, which needs {count * unit} octets of {wire.name}; "
             f"the body has {available} left",
-            offset=cls.head_size,
-            field=wire.name,
+            offset=cls.offset_of(wire.counted_by),
+            field=wire.counted_by,
         )
     return count * unit
 
@@ -476,7 +491,7 @@ class OpaqueRecord(Record):
     body: bytes = octets("the body")
 
     @classmethod
-    def of(cls, layer: str, type_code: int, body: bytes) -> OpaqueRecord:
+    def of(cls, layer: str, type_code: int, body: bytes) -> Self:
         """Make one of ``layer``'s type ``type_code``."""
         made = cls(body=body)
         object.__setattr__(made, "_type_code", type_code)
@@ -487,6 +502,19 @@ class OpaqueRecord(Record):
     def type_code(self) -> int:
         """The type code that goes into the record header."""
         return cast(int, getattr(self, "_type_code", -1))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form: the body as hex, and what no declaration says, layer and type code."""
+        return {"layer": self.layer, "type_code": self.type_code, **super().to_json()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Make one from its JSON form; raises `ValueError` for a field that is missing or malformed."""
+        made = super().from_json(data)
+        layer, code = data.get("layer"), data.get("type_code")
+        if layer not in REGISTRY or not isinstance(code, int) or not 0 <= code < 1 << 32:
+            raise ValueError(f"{cls.__name__}: layer {layer!r} or type_code {code!r} is not one")
+        return cls.of(layer, code, made.body)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, OpaqueRecord) and (self.layer, self.type_code, self.body) == (
