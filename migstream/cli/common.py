@@ -1,0 +1,78 @@
+"""What the commands share: opening the input, printing errors, exit codes.
+
+Exit codes: 0 fine, 1 the stream is at fault (or could not be read), 2 wrong usage (click's own),
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from migstream.errors import MigstreamError
+from migstream.text import printable
+
+if TYPE_CHECKING:
+    from migstream.io.reader import Stream
+
+__all__ = ["error_lines", "fail", "input_argument", "open_stream", "reporting_errors", "timeout_option"]
+
+STDIN = 0
+
+input_argument = click.argument("file", metavar="FILE|-")
+timeout_option = click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Give up when a pipe or socket brings nothing for so long. Default: wait for ever.",
+)
+
+
+def open_stream(file: str, timeout_s: float | None = None) -> Stream:
+    """Open FILE, ``-`` for standard input or ``fd:N``; `OSError` as it comes."""
+    from migstream.io import reader
+
+    if file == "-":
+        if os.isatty(STDIN):
+            raise click.UsageError("standard input is a terminal; give a FILE, or pipe a stream into '-'")
+        return reader.open(STDIN, timeout_s=timeout_s)
+    if file.startswith("fd:"):
+        if not file[3:].isdigit():
+            raise click.UsageError(
+                f"{printable(file)}: expected fd:N with a descriptor's number, such as fd:3"
+            )
+        return reader.open(int(file[3:]), timeout_s=timeout_s)
+    return reader.open(file, timeout_s=timeout_s)
+
+
+def error_lines(error: BaseException, file: str) -> str:
+    """Return an error as it is shown: where, what, and what to do."""
+    if isinstance(error, OSError):
+        return f"{printable(file)}: {error.strerror or error}"
+    return f"{printable(file)}: {printable(str(error))}"
+
+
+def fail(error: BaseException, file: str) -> None:
+    """Print an error to standard error."""
+    click.echo(f"migstream: {error_lines(error, file)}", err=True)
+
+
+@contextlib.contextmanager
+def reporting_errors(file: str) -> Iterator[None]:
+    """Turn errors into one line and exit code 1; a closed output pipe ends quietly."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (OSError, MigstreamError) as exc:
+        fail(exc, file)
+        sys.exit(1)
