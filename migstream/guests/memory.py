@@ -1,0 +1,75 @@
+"""Guest memory that lies in one mapping, and its pages as buffers for readv and writev."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import numpy.typing as npt
+
+from migstream.errors import GuestError
+from migstream.guests.protocols import PAGE_SHIFT, PAGE_SIZE
+
+__all__ = ["Memory", "run_bounds"]
+
+
+def run_bounds(numbers: npt.NDArray[np.uint64]) -> list[tuple[int, int, int]]:
+    """Return the runs of consecutive ``numbers``, uint64[n]: (position, first number, length) of each."""
+    count = len(numbers)
+    if count == 0:
+        return []
+    breaks = np.flatnonzero(numbers[1:] - numbers[:-1] != 1)
+    if len(breaks) == 0:  # a whole batch in one run: most of a first pass
+        return [(0, int(numbers[0]), count)]
+    starts = np.concatenate(([0], breaks + 1))
+    lengths = np.diff(starts, append=count)
+    return list(zip(starts.tolist(), numbers[starts].tolist(), lengths.tolist(), strict=True))
+
+
+class Memory:
+    """``n_pages`` pages of 4 KiB in one mapping.
+
+    ``pages`` is the memory as uint8[n_pages, 4096], ``words`` as uint64[n_pages, 512]; both are shared.
+    """
+
+    def __init__(self, mapping: mmap.mmap, n_pages: int) -> None:
+        self.mapping = mapping
+        self.n_pages = n_pages
+        self.octets = memoryview(mapping)
+        self.pages: npt.NDArray[np.uint8] = np.frombuffer(mapping, np.uint8).reshape(n_pages, PAGE_SIZE)
+        self.words: npt.NDArray[np.uint64] = self.pages.view(np.uint64)
+
+    @classmethod
+    def anonymous(cls, n_pages: int) -> Memory:
+        """Make zeroed memory that costs nothing until it is touched. Raises `GuestError` if there is none."""
+        try:
+            mapping = mmap.mmap(-1, n_pages << PAGE_SHIFT)
+        except (OSError, OverflowError, ValueError) as exc:
+            raise GuestError(
+                f"{n_pages} pages ({n_pages >> 8} MiB) of memory cannot be had: {exc}; make the guest smaller"
+            ) from exc
+        # The first touch of 4 KiB pages takes longer than to copy into them; 2 MiB ones are nearly free.
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        return cls(mapping, n_pages)
+
+    def views(self, pfns: npt.NDArray[np.uint64]) -> list[memoryview]:
+        """Return the memory of ``pfns``, uint64[n] in any order, contiguous pages in one view.
+
+        Raises `GuestError` for a PFN past the end.
+        """
+        if len(pfns) and int(pfns.max()) >= self.n_pages:
+            raise GuestError(f"PFN {int(pfns.max()):#x} is past the guest's last, {self.n_pages - 1:#x}")
+        octets = self.octets
+        return [
+            octets[first << PAGE_SHIFT : (first + count) << PAGE_SHIFT]
+            for _, first, count in run_bounds(pfns)
+        ]
+
+    def page(self, pfn: int) -> memoryview:
+        """Return the memory of one page."""
+        return self.octets[pfn << PAGE_SHIFT : (pfn + 1) << PAGE_SHIFT]
+
+    def discard(self, first: int, count: int) -> None:
+        """Give the memory of ``count`` pages from ``first`` back; they read as zeros from here on."""
+        self.mapping.madvise(mmap.MADV_DONTNEED, first << PAGE_SHIFT, count << PAGE_SHIFT)
