@@ -1,0 +1,143 @@
+"""Every declaration, by strategies derived from its own fields: parse, build and JSON lose nothing."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from migstream.errors import FormatError
+from migstream.records import ByteOrder, Declaration, Record, array_of, libxc, libxl, xl
+from migstream.records.page_data import PageData
+from migstream.records.schema import WireField
+
+
+def declarations() -> list[type[Declaration]]:
+    """Every class that declares fields or a record type, without the bases that only share some."""
+    found = {
+        cls
+        for module in (libxc, libxl, xl)
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if issubclass(cls, Declaration) and cls not in (Declaration, Record)
+    }
+    return sorted(
+        (cls for cls in found if not issubclass(cls, Record) or cls.code >= 0), key=lambda c: c.__qualname__
+    )
+
+
+every_declaration = pytest.mark.parametrize("declared", declarations(), ids=lambda cls: cls.__qualname__)
+orders: st.SearchStrategy[ByteOrder] = st.sampled_from(("little", "big"))
+
+
+def values_of(wire: WireField) -> st.SearchStrategy[Any]:
+    """Return what a field may hold, as its wire type says."""
+    if wire.kind == "int":
+        return st.integers(0, (1 << 8 * wire.size) - 1)
+    if wire.kind == "octets":
+        return st.binary(max_size=40) if wire.variable else st.binary(min_size=wire.size, max_size=wire.size)
+    entry = wire.entry
+    if entry is None:
+        integers = st.lists(st.integers(0, (1 << 8 * wire.size) - 1), max_size=5)
+        return integers.map(lambda items: array_of(wire.size, items))
+    return st.lists(instances(entry), max_size=4).map(lambda items: array_of(entry, items))
+
+
+def instances(declared: type[Declaration]) -> st.SearchStrategy[Any]:
+    """Return values of ``declared``; counts follow what they count."""
+    free = {w.name: values_of(w) for w in declared.wire_fields if not w.counts}
+    return st.builds(declared, **free)
+
+
+@every_declaration
+@settings(max_examples=20)
+@given(data=st.data())
+def test_what_is_built_parses_to_the_same_value(declared: type[Declaration], data: st.DataObject) -> None:
+    value, order = data.draw(instances(declared)), data.draw(orders)
+    wire = value.build(order)
+    assert len(wire) >= declared.head_size
+    assert declared.parse(wire, order) == value
+    assert declared.parse(memoryview(bytearray(wire)), order) == value
+
+
+@every_declaration
+@settings(max_examples=20)
+@given(data=st.data())
+def test_what_parses_builds_the_same_octets_with_any_surplus(
+    declared: type[Declaration], data: st.DataObject
+) -> None:
+    wire, order = data.draw(st.binary(min_size=declared.head_size, max_size=120)), data.draw(orders)
+    counted = next((w for w in declared.wire_fields if w.counted_by), None)
+    if counted is not None:
+        at, unit = declared.offset_of(counted.counted_by), counted.size or 1
+        count = int.from_bytes(wire[at : at + 4], order)
+        if count * unit > len(wire) - declared.head_size:
+            with pytest.raises(FormatError, match=f"{counted.counted_by} is {count}"):
+                declared.parse(wire, order)
+            return
+    value = declared.parse(wire, order)
+    built = value.build(order)
+    assert wire.startswith(built) if declared.payload else wire == built
+
+
+@every_declaration
+@settings(max_examples=20)
+@given(data=st.data())
+def test_json_there_and_back_is_the_same_value(declared: type[Declaration], data: st.DataObject) -> None:
+    wire = data.draw(instances(declared)).build("big")
+    surplus = b"" if declared.payload else data.draw(st.binary(max_size=3))
+    value = declared.parse(wire + surplus, "big")
+    assert declared.from_json(json.loads(json.dumps(value.to_json()))) == value
+
+
+@every_declaration
+@settings(max_examples=20)
+@given(data=st.data())
+def test_the_other_byte_order_is_another_form_of_the_same_value(
+    declared: type[Declaration], data: st.DataObject
+) -> None:
+    value = data.draw(instances(declared))
+    swapped = declared.parse(value.build("big"), "big")
+    assert swapped.build("little") == value.build("little")
+    assert hash(swapped) == hash(value)
+
+
+@every_declaration
+@settings(max_examples=20)
+@given(data=st.data())
+def test_reserved_fields_are_reported_when_and_only_when_they_are_not_zero(
+    declared: type[Declaration], data: st.DataObject
+) -> None:
+    value = data.draw(instances(declared))
+    reported = {wire.name: found for wire, found in value.reserved_fields()}
+    for wire in declared.wire_fields:
+        if wire.reserved:
+            field = getattr(value, wire.name)
+            assert (wire.name in reported) == (any(field) if isinstance(field, bytes) else field != 0)
+        else:
+            assert wire.name not in reported
+
+
+@settings(max_examples=200)
+@given(
+    pairs=st.lists(
+        st.tuples(
+            *[st.binary(max_size=12).map(lambda b: b.replace(b"\0", b"").decode("utf-8", "surrogateescape"))]
+            * 2
+        )
+    )
+)
+def test_xenstore_pairs_there_and_back(pairs: list[tuple[str, str]]) -> None:
+    packed = libxl.EmulatorXenstoreData.pack(pairs)
+    assert libxl.EmulatorXenstoreData(emulator_id=0, index=0, data=packed).pairs == pairs
+
+
+def test_every_registered_record_is_among_the_declarations() -> None:
+    from migstream.records.schema import REGISTRY
+
+    registered = {cls for layer in REGISTRY.values() for cls in layer.values()}
+    assert registered <= set(declarations())
+    assert PageData in registered
