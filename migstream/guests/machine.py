@@ -70,7 +70,7 @@ class Machine:
     def write(
         self, pfns: npt.NDArray[np.uint64], columns: npt.NDArray[np.uint64], words: npt.NDArray[np.uint64]
     ) -> None:
-        """Write ``words``, one into each of ``pfns`` at word ``columns`` (0 to 511) of its page; all uint64[n]."""
+        """Write ``words``, one into each of ``pfns`` at word ``columns`` (0-511) of a page; all uint64[n]."""
         with self.lock:
             self._must_run()
             self.memory.words[self.bounded(pfns), columns] = words
@@ -140,8 +140,8 @@ class Machine:
         self.n_populated -= int(self.populated_pfns.test(pfns).sum())
         self.populated_pfns.discard(pfns)
         self.set_types(pfns, type)
-        for _, first, count in run_bounds(pfns):
-            self.memory.discard(first, count)
+        for first, end in run_bounds(pfns):
+            self.memory.discard(first, end - first)
         self.log.note(pfns)
 
     def _unmap(self, pfns: npt.NDArray[np.uint64]) -> None:

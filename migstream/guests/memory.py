@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -13,17 +14,21 @@ from migstream.guests.protocols import PAGE_SHIFT, PAGE_SIZE
 __all__ = ["Memory", "run_bounds"]
 
 
-def run_bounds(numbers: npt.NDArray[np.uint64]) -> list[tuple[int, int, int]]:
-    """Return the runs of consecutive ``numbers``, uint64[n]: (position, first number, length) of each."""
+def run_bounds(numbers: npt.NDArray[np.uint64], scale: int = 1) -> Iterator[tuple[int, int]]:
+    """Return the runs of consecutive ``numbers``, uint64[n] in any order: (start, exclusive end) of each.
+
+    Both come multiplied by ``scale``, which numpy does a hundred times as fast as its caller could.
+    """
     count = len(numbers)
     if count == 0:
-        return []
-    breaks = np.flatnonzero(numbers[1:] - numbers[:-1] != 1)
-    if len(breaks) == 0:  # a whole batch in one run: most of a first pass
-        return [(0, int(numbers[0]), count)]
-    starts = np.concatenate(([0], breaks + 1))
-    lengths = np.diff(starts, append=count)
-    return list(zip(starts.tolist(), numbers[starts].tolist(), lengths.tolist(), strict=True))
+        return iter(())
+    first, last = int(numbers[0]), int(numbers[-1])
+    if last - first == count - 1 and (numbers[1:] > numbers[:-1]).all():
+        return iter([(first * scale, (last + 1) * scale)])  # a whole batch: most of a first pass
+    ends_here = numbers[1:] - numbers[:-1] != 1
+    starts = numbers[np.concatenate(([True], ends_here))] * np.uint64(scale)
+    ends = (numbers[np.concatenate((ends_here, [True]))] + np.uint64(1)) * np.uint64(scale)
+    return zip(starts.tolist(), ends.tolist(), strict=True)
 
 
 class Memory:
@@ -61,10 +66,7 @@ class Memory:
         if len(pfns) and int(pfns.max()) >= self.n_pages:
             raise GuestError(f"PFN {int(pfns.max()):#x} is past the guest's last, {self.n_pages - 1:#x}")
         octets = self.octets
-        return [
-            octets[first << PAGE_SHIFT : (first + count) << PAGE_SHIFT]
-            for _, first, count in run_bounds(pfns)
-        ]
+        return [octets[start:end] for start, end in run_bounds(pfns, PAGE_SIZE)]
 
     def page(self, pfn: int) -> memoryview:
         """Return the memory of one page."""

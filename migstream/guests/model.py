@@ -22,7 +22,7 @@ from migstream.errors import GuestError
 from migstream.guests import machine_state, model_boot
 from migstream.guests.machine import Machine
 from migstream.guests.memory import run_bounds
-from migstream.guests.protocols import PAGE_SHIFT, PAGE_SIZE, RestoredRings
+from migstream.guests.protocols import PAGE_SIZE, RestoredRings
 from migstream.guests.pv_pages import (
     INVALID,
     PRESENT,
@@ -48,6 +48,7 @@ from migstream.records.pv_state import PV_LAYOUTS
 __all__ = ["ModelGuest", "SuspendAnswer"]
 
 PV = PV_LAYOUTS[8]
+VCPU_LIMIT = 32  # processors that a shared info page has room for: XEN_LEGACY_MAX_VCPUS
 
 
 class SuspendAnswer(Enum):
@@ -128,8 +129,8 @@ class ModelGuest(Machine):
             model_boot.scatter_holes(types, fixed, rng)
         guest.set_types(np.arange(n_pages, dtype=np.uint64), types)
         populated = (types != PageType.XTAB) & (types != PageType.BROKEN)
-        for _, first, count in run_bounds(np.flatnonzero(populated).astype(np.uint64)):
-            guest.n_populated += guest.populated_pfns.add_run(first, count)
+        for first, end in run_bounds(np.flatnonzero(populated).astype(np.uint64)):
+            guest.n_populated += guest.populated_pfns.add_run(first, end - first)
         if content:
             model_boot.fill(guest.memory, types, rng)
         if plan is not None and guest.frames is not None:
@@ -154,6 +155,11 @@ class ModelGuest(Machine):
         """The highest PFN that the machine has room for."""
         return self.n_pages - 1
 
+    @property
+    def vcpu_limit(self) -> int:
+        """How many processors may be restored."""
+        return VCPU_LIMIT
+
     def page_types(self, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
         """Return the types of ``pfns``, uint8[n]; XTAB for those that have no page."""
         return self.types_of(pfns)
@@ -170,8 +176,7 @@ class ModelGuest(Machine):
         """Return the memory of ``pfns``: to restore to it, or, with their ``types``, to save from it."""
         if types is None:
             return self.memory.views(pfns)
-        tables = TABLE_LEVEL[types] > 0
-        if self.frames is None or not tables.any():
+        if self.frames is None or not (tables := TABLE_LEVEL[types] > 0).any():
             return self.memory.views(pfns), np.zeros(len(pfns), np.bool_)
         return self._pages_with_tables(pfns, tables, TABLE_LEVEL[types[tables]], self.frames)
 
@@ -193,17 +198,15 @@ class ModelGuest(Machine):
         deferred = np.zeros(len(pfns), np.bool_)
         deferred[tables] = in_change
         normalised = np.ascontiguousarray(copies[~in_change]).data.cast("B")
-        # The copies continue the numbers of the pages, so that one search finds the runs in both.
+        # The copies are numbered on from the end of memory, so that one search finds the runs in both.
+        beyond = self.n_pages + 1
+        split = beyond * PAGE_SIZE
         numbers = pfns.copy()
-        numbers[tables & ~deferred] = self.n_pages + 1 + np.arange(len(copies) - int(in_change.sum()))
+        numbers[tables & ~deferred] = beyond + np.arange(np.count_nonzero(~in_change))
         buffers = []
-        for _, first, count in run_bounds(numbers[~deferred]):
-            memory, first_page = (
-                (normalised, first - self.n_pages - 1)
-                if first > self.n_pages
-                else (self.memory.octets, first)
-            )
-            buffers.append(memory[first_page << PAGE_SHIFT : (first_page + count) << PAGE_SHIFT])
+        for start, end in run_bounds(numbers[~deferred], PAGE_SIZE):
+            where, base = (normalised, split) if start >= split else (self.memory.octets, 0)
+            buffers.append(where[start - base : end - base])
         return buffers, deferred
 
     def clean_dirty_log(self, into: PfnBitmap) -> None:

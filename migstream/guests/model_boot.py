@@ -129,9 +129,9 @@ def fill(memory: Memory, types: npt.NDArray[np.uint8], rng: np.random.Generator)
     noise = rng.integers(0, 256, (256, PAGE_SIZE), np.uint8)
     salt = np.uint64(rng.integers(1, 1 << 32)) << np.uint64(32)
     with_data = np.flatnonzero(HAS_DATA[types]).astype(np.uint64)
-    for _, first, length in run_bounds(with_data):
-        for at in range(first, first + length, len(noise)):
-            end = min(at + len(noise), first + length)
+    for first, last in run_bounds(with_data):
+        for at in range(first, last, len(noise)):
+            end = min(at + len(noise), last)
             memory.pages[at:end] = noise[: end - at]
             memory.words[at:end, 0] = np.arange(at, end, dtype=np.uint64) ^ salt
 

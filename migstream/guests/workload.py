@@ -59,7 +59,7 @@ class Workload:
         return pfns[~np.isin(pfns, guest.fixed)]
 
     def step(self, n_pages: int) -> None:
-        """Write a word to each of ``n_pages`` pages, chosen with repetition. Raises `GuestError` if suspended."""
+        """Write to ``n_pages`` pages, chosen with repetition. Raises `GuestError` if the guest is suspended."""
         guest, rng = self.guest, self._rng
         with guest.lock:
             guest.finish_changes()
