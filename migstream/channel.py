@@ -25,7 +25,7 @@ from migstream.records import (
     record_name,
 )
 
-__all__ = ["ChannelError", "SendingChannel", "TokenBucket", "read_dirty_pfn_list"]
+__all__ = ["ChannelError", "SendingChannel", "TokenBucket", "read_dirty_pfn_list", "send_dirty_pfn_list"]
 
 BURST_S = 0.05  # seconds' worth of tokens that may be saved up: evens out passes, not whole pauses
 PFNS_AT_ONCE = 1 << 16  # of a dirty list: 512 KiB, however long it is
@@ -162,6 +162,23 @@ def read_dirty_pfn_list(
         into.add(pfns)
         left -= count
     return head.length // 8
+
+
+def send_dirty_pfn_list(fd: int, dirty: PfnBitmap, *, timeout_s: float | None = None) -> int:
+    """Write ``dirty`` as a CHECKPOINT_DIRTY_PFN_LIST record to COLO's back channel; return its entries.
+
+    The header has the 8 octets that the specification gives it, unlike Xen's own (`read_dirty_pfn_list`).
+    Raises `BrokenPipeError` or `ConnectionError` when the primary is gone, `DeadlineError` when it does not
+    read, `ValueError` for more PFNs than a record can list.
+    """
+    count = len(dirty)
+    if 8 * count > MAX_RECORD_LENGTH:
+        raise ValueError(f"{count} dirty PFNs do not fit a record of at most {MAX_RECORD_LENGTH} octets")
+    head = libxc.RecordHeader(type=libxc.CheckpointDirtyPfnList.code, length=8 * count).build()
+    fdio.write_vectors(fd, [head], timeout_s)
+    for pfns in dirty.batches(PFNS_AT_ONCE):
+        fdio.write_vectors(fd, [pfns.astype("<u8").data.cast("B")], timeout_s)
+    return count
 
 
 def _exactly(fd: int, length: int, timeout_s: float | None) -> bytes:

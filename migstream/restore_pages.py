@@ -1,0 +1,208 @@
+"""The memory half of restore: a PAGE_DATA record into a target's pages.
+
+A record is judged whole before anything is given memory, in Xen's order of checks (xg_sr_restore.c,
+handle_page_data): its head, each entry, its length. Pages are then read from the stream straight into the
+target's memory. In verify mode they are read beside it and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from migstream.bitmap import PfnBitmap
+from migstream.guests.protocols import PAGE_SIZE, RestoreTarget
+from migstream.io.reader import Frame
+from migstream.records.page_data import Entries, PageData
+from migstream.records.page_types import PageType, type_name
+from migstream.restore_checks import refusal
+
+__all__ = ["PageReceiver"]
+
+Pfns = npt.NDArray[np.uint64]
+Types = npt.NDArray[np.uint8]
+
+ENTRIES_AT_ONCE = 8192  # entries judged and applied at a time: bounds the arrays, however long the record
+PAGES_COMPARED = 256  # pages read beside the guest at a time in verify mode: 1 MiB
+FRAME_MASK = np.uint64(0x000F_FFFF_FFFF_F000)  # bits 12-51 of a page-table entry: its frame
+PRESENT = np.uint64(1)
+
+
+def _by_type(values: dict[PageType, int]) -> npt.NDArray[np.uint8]:
+    table = np.zeros(16, np.uint8)
+    table[list(values)] = list(values.values())
+    return table
+
+
+_KNOWN = _by_type(dict.fromkeys(PageType, 1)).astype(np.bool_)
+_HAS_DATA = _by_type({t: t.has_data for t in PageType}).astype(np.bool_)
+_POPULATED = _by_type({t: t.populated for t in PageType}).astype(np.bool_)
+_LEVEL = _by_type({t: t.page_table_level for t in PageType})
+
+
+class PageReceiver:
+    """Takes PAGE_DATA records into ``target``.
+
+    ``highest_pfn`` is the highest PFN that the stream itself allows: of a PV guest its P2M_FRAMES'
+    p2m_end_pfn, ``None`` for HVM. ``localises``: page tables hold PFNs, which the target has to turn into
+    its frames. ``pages`` counts pages received; ``differing`` is the set of PFNs that verify mode found to
+    differ.
+    """
+
+    def __init__(self, target: RestoreTarget, *, localises: bool) -> None:
+        self.target = target
+        self.localises = localises
+        self.highest_pfn: int | None = None
+        self.verifying = False
+        self.pages = 0
+        self.differing = PfnBitmap(target.max_pfn + 1)
+
+    def receive(self, frame: Frame) -> None:
+        """Take one record. Raises `FormatError` for a bad one, `GuestError` if the target cannot take it."""
+        record = frame.record()
+        assert isinstance(record, PageData)
+        if not record.count:
+            raise refusal(frame, "expected at least one PFN, found a count of 0", field="count")
+        pieces = [
+            Entries(record.entries[start : start + ENTRIES_AT_ONCE])
+            for start in range(0, record.count, ENTRIES_AT_ONCE)
+        ]
+        self._check(frame, record, pieces)
+        for piece in pieces:
+            self._apply(frame, piece.pfns, piece.types)
+
+    # Judging
+
+    def _check(self, frame: Frame, record: PageData, pieces: Sequence[Entries]) -> None:
+        data_pages = 0
+        for number, piece in enumerate(pieces):
+            self._check_entries(frame, number * ENTRIES_AT_ONCE, piece.pfns, piece.types)
+            data_pages += int(np.count_nonzero(_HAS_DATA[piece.types]))
+        expected = record.head_size + 8 * record.count + PAGE_SIZE * data_pages
+        if frame.length != expected:
+            raise refusal(
+                frame,
+                f"{record.count} entries, {data_pages} of them with a page, need {expected} octets; "
+                f"the body has {frame.length}",
+                field="length",
+                at=-4,
+            )
+        for number, piece in enumerate(pieces):
+            self._check_target(frame, number * ENTRIES_AT_ONCE, piece.pfns, piece.types)
+
+    def _check_entries(self, frame: Frame, first: int, pfns: Pfns, types: Types) -> None:
+        bad = ~_KNOWN[types]
+        if self.highest_pfn is not None:
+            bad |= pfns > self.highest_pfn
+        if not bad.any():
+            return
+        i = int(bad.argmax())
+        pfn, type = int(pfns[i]), int(types[i])
+        if self.highest_pfn is not None and pfn > self.highest_pfn:
+            message = f"PFN {pfn:#x} is above the guest's highest, {self.highest_pfn:#x}"
+        else:
+            message = f"PFN {pfn:#x} is of the type {type_name(type)}, which has no meaning"
+        raise _entry_refusal(frame, first + i, message)
+
+    def _check_target(self, frame: Frame, first: int, pfns: Pfns, types: Types) -> None:
+        """Refuse what the target has no room for before it is asked; holes may lie anywhere."""
+        beyond = pfns > self.target.max_pfn
+        if not beyond.any():
+            return
+        beyond &= _POPULATED[types]
+        if beyond.any():
+            i = int(beyond.argmax())
+            message = f"PFN {int(pfns[i]):#x} is above the target's highest, {self.target.max_pfn:#x}"
+            raise _entry_refusal(frame, first + i, message, hint="restore into a larger guest")
+
+    # Applying
+
+    def _apply(self, frame: Frame, pfns: Pfns, types: Types) -> None:
+        target = self.target
+        self._populate(pfns[_POPULATED[types]])
+        within = pfns <= target.max_pfn
+        if within.all():
+            target.set_page_types(pfns, types)
+        else:
+            target.set_page_types(pfns[within], types[within])
+        with_data = _HAS_DATA[types]
+        if not with_data.all():
+            pfns, types = pfns[with_data], types[with_data]
+        if self.verifying:
+            for start in range(0, len(pfns), PAGES_COMPARED):
+                piece = slice(start, start + PAGES_COMPARED)
+                self._compare(frame, pfns[piece], types[piece])
+        elif len(pfns):
+            frame.readv_into(target.pages(pfns))
+            self._localise_in_place(frame, pfns, types)
+        self.pages += len(pfns)
+
+    def _populate(self, pfns: Pfns) -> None:
+        fresh = pfns[~self.target.populated(pfns)]
+        if len(fresh):
+            self.target.populate(_distinct(fresh))
+
+    def _localise_in_place(self, frame: Frame, pfns: Pfns, types: Types) -> None:
+        """Localise the page tables among ``pfns``; of a PFN that stands there twice, the last counts."""
+        if not self.localises:
+            return
+        levels = _LEVEL[types]
+        tables = np.flatnonzero(levels)
+        if not len(tables):
+            return
+        _, from_the_end = np.unique(pfns[::-1], return_index=True)
+        last = np.zeros(len(pfns), np.bool_)
+        last[len(pfns) - 1 - from_the_end] = True
+        for i in tables[last[tables]].tolist():
+            self._localise(frame, int(pfns[i]), int(levels[i]), self.target.pages(pfns[i : i + 1])[0])
+
+    def _localise(self, frame: Frame, pfn: int, level: int, page: memoryview) -> None:
+        """Localise one page table; the PFNs it refers to that have no memory get some, as NOTAB pages."""
+        entries = np.frombuffer(page, "<u8")
+        frames = (entries[(entries & PRESENT) != 0] & FRAME_MASK) >> np.uint64(12)
+        if not len(frames):
+            return
+        highest = self.target.max_pfn
+        if self.highest_pfn is not None:
+            highest = min(highest, self.highest_pfn)
+        if int(frames.max()) > highest:
+            raise refusal(
+                frame,
+                f"the level {level} page table at PFN {pfn:#x} refers to PFN {int(frames.max()):#x}, "
+                f"above the highest, {highest:#x}",
+                field="pages",
+            )
+        fresh = _distinct(frames[~self.target.populated(frames)])
+        self.target.localise(level, page)
+        if len(fresh):
+            unnoted = fresh[self.target.page_types(fresh) == PageType.XTAB]
+            self.target.set_page_types(unnoted, np.full(len(unnoted), PageType.NOTAB, np.uint8))
+
+    def _compare(self, frame: Frame, pfns: Pfns, types: Types) -> None:
+        incoming = np.empty((len(pfns), PAGE_SIZE // 8), np.uint64)
+        frame.readv_into([incoming.data.cast("B")])
+        if self.localises:
+            for i in np.flatnonzero(_LEVEL[types]).tolist():
+                page = incoming[i].data.cast("B")
+                self._localise(frame, int(pfns[i]), int(_LEVEL[types[i]]), page)
+        row = 0
+        for view in self.target.pages(pfns):
+            present = np.frombuffer(view, np.uint64).reshape(-1, PAGE_SIZE // 8)
+            rows = slice(row, row + len(present))
+            self.differing.add(pfns[rows][(present != incoming[rows]).any(axis=1)])
+            row = rows.stop
+
+
+def _entry_refusal(frame: Frame, index: int, message: str, *, hint: str | None = None) -> Exception:
+    error = refusal(frame, message, field=f"entries[{index}]", at=PageData.head_size + 8 * index)
+    error.hint = hint
+    return error
+
+
+def _distinct(pfns: Pfns) -> Pfns:
+    """Return ``pfns`` in ascending order, each once; what is in order already is not sorted."""
+    if (pfns[1:] > pfns[:-1]).all():
+        return pfns
+    return np.unique(pfns)

@@ -1,0 +1,81 @@
+"""What a restore tells of besides the guest: passes over memory, and libxl's records around the image."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from migstream.io.reader import Frame
+from migstream.progress import PassKind, PassReport, PassStart, Progress
+from migstream.records import PageData, Record, libxl
+
+__all__ = ["LibxlRecords", "Passes"]
+
+KEPT_RECORD = 1 << 20  # octets of the largest libxl record that is kept
+KEPT_TOTAL = 16 << 20  # octets of all of them
+
+
+class LibxlRecords:
+    """libxl's records around the image: shown to the caller, and kept where they are small.
+
+    ``complete`` are those of the last complete state, ``_pending`` of the one that is coming in.
+    """
+
+    def __init__(self, show: Callable[[Frame], None] | None) -> None:
+        self.complete: list[Record] = []
+        self._pending: list[Record] = []
+        self._octets = 0
+        self._show = show
+
+    def take(self, frame: Frame) -> None:
+        """Take one record."""
+        if self._show is not None:
+            self._show(frame)
+        keeps = frame.record_class in (libxl.EmulatorContext, libxl.EmulatorXenstoreData)
+        untouched = frame.left == frame.length
+        if keeps and untouched and frame.length <= min(KEPT_RECORD, KEPT_TOTAL - self._octets):
+            self._octets += frame.length
+            self._pending.append(frame.record())
+
+    def commit(self) -> None:
+        """Let what came with a state replace what was there: the state is complete."""
+        self.complete, self._pending, self._octets = self._pending, [], 0
+
+
+class Passes:
+    """Tells a `Progress` of the passes over memory: each goes through the PFNs in ascending order."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._kind: PassKind | None = None
+        self._number = 0
+        self._last_pfn = -1
+        self._pages = self._octets = 0
+        self._started = 0.0
+
+    def received(self, frame: Frame, kind: PassKind, pages: int) -> None:
+        """Tell of one PAGE_DATA record that was applied, ``pages`` of it with content."""
+        record = frame.record()
+        assert isinstance(record, PageData)
+        pfns = record.unpacked
+        first, last = int(pfns.pfns[0]), int(pfns.pfns[-1])
+        if self._kind is not None and (first <= self._last_pfn or kind != self._kind):
+            self.close()
+        if self._kind is None:
+            self._kind = kind
+            self._started = time.monotonic()
+            self._progress.begin(PassStart(kind, self._number, None))
+        self._last_pfn = last
+        self._pages += len(pfns)
+        self._octets += frame.length
+        self._progress.advance(pages, frame.length)
+
+    def close(self) -> None:
+        """End the pass, if one is under way."""
+        if self._kind is None:
+            return
+        seconds = time.monotonic() - self._started
+        self._progress.end(PassReport(self._kind, self._number, self._pages, self._octets, seconds))
+        self._number += 1
+        self._kind, self._last_pfn = None, -1
+        self._pages = self._octets = 0
