@@ -42,20 +42,32 @@ class TypeStats:
         return dict(vars(self))
 
 
-@dataclass
 class Line:
-    """One record, as ``--records`` and ``--jsonl`` show it."""
+    """One record, as ``--records`` and ``--jsonl`` show it.
 
-    index: int
-    offset: int
-    layer: str
-    type: str
-    code: int
-    length: int
-    text: str
-    fields: dict[str, object] | None = None
-    pages: Batch | None = None
-    error: str | None = None
+    ``record`` is the decoded body, if it was decoded; of PAGE_DATA there are ``pages`` instead;
+    ``error`` says why a body does not fit its type.
+    """
+
+    def __init__(self, frame: Frame) -> None:
+        self.index = frame.index
+        self.offset = frame.offset
+        self.layer = frame.layer.name
+        self.type = frame.type_name
+        self.code = frame.code
+        self.length = frame.length
+        self.record: Record | None = None
+        self.pages: Batch | None = None
+        self.error: str | None = None
+
+    @property
+    def text(self) -> str:
+        """What the record holds, in one line."""
+        if self.error is not None:
+            return self.error
+        if self.pages is not None:
+            return _pages_text(self.pages)
+        return describe(self.record) if self.record is not None else f"{self.length} octets, not decoded"
 
     def to_json(self) -> dict[str, object]:
         """Return the line as one JSON object."""
@@ -74,8 +86,8 @@ class Line:
                 "pfn_max": self.pages.highest,
                 "zero": self.pages.zero_pages,
             }
-        elif self.fields is not None:
-            out["fields"] = self.fields
+        elif self.record is not None and self.length <= FIELDS_SHOWN:
+            out["fields"] = self.record.to_json()
         if self.error is not None:
             out["error"] = self.error
         return out
@@ -228,27 +240,22 @@ def inspect(stream: Stream, report: Report, *, count_zero: bool = False) -> Iter
 
 
 def _frame(frame: Frame, report: Report, stream: Stream, count_zero: bool) -> Line:
-    _count(frame, report)
-    line = Line(frame.index, frame.offset, frame.layer.name, frame.type_name, frame.code, frame.length, "")
+    line = Line(frame)
+    _count(line, report)
     try:
         if frame.is_page_data:
             line.pages = report.pages.add(
                 frame, checkpoint=stream.checkpoints, verify=report.verify, count_zero=count_zero
             )
-            line.text = _pages_text(line.pages)
-        elif frame.length > DECODED:
-            line.text = f"{frame.length} octets, not decoded"
-        else:
-            record = frame.record()
-            line.text = describe(record)
-            if frame.length <= FIELDS_SHOWN:
-                line.fields = record.to_json()
-            _note(record, report)
+        elif frame.length <= DECODED:
+            line.record = frame.record()
+            _note(line.record, report)
     except StreamError as exc:
-        line.error = line.text = exc.message
+        line.error = exc.message
         if report.error is None:
             report.error = exc
-    _static_end(frame, report)
+    if report.static_end is None:
+        _static_end(frame, report)
     return line
 
 
@@ -258,14 +265,14 @@ def _pages_text(batch: Batch) -> str:
     return f"{batch.pfns} PFNs {pfns}: {describe_pages(batch.by_type)}{zero}"
 
 
-def _count(frame: Frame, report: Report) -> None:
-    types = report.records.setdefault(frame.layer.name, {})
-    name = frame.type_name
-    if name not in types and len(types) >= TYPES_KEPT:
-        name = "OTHER"
-    stats = types.setdefault(name, TypeStats(frame.code, first_offset=frame.offset))
+def _count(line: Line, report: Report) -> None:
+    types = report.records.setdefault(line.layer, {})
+    name = line.type if line.type in types or len(types) < TYPES_KEPT else "OTHER"
+    stats = types.get(name)
+    if stats is None:
+        stats = types[name] = TypeStats(line.code, first_offset=line.offset)
     stats.count += 1
-    stats.bytes += frame.length
+    stats.bytes += line.length
 
 
 def _note(record: Record, report: Report) -> None:
@@ -284,7 +291,7 @@ def _note(record: Record, report: Report) -> None:
 def _static_end(frame: Frame, report: Report) -> None:
     """Note where static data end: at STATIC_DATA_END, or for version 2 where a restore infers it."""
     declared, domain = frame.record_class, report.domain
-    if declared is None or domain is None or report.static_end is not None:
+    if declared is None or domain is None:
         return
     if frame.layer.name != "libxc" or domain.type not in set(GuestType):
         return

@@ -90,17 +90,17 @@ class PageStats:
     ) -> Batch:
         """Read head and entries of ``frame`` and take them in; read its pages only to count zero ones.
 
-        Raises what `Frame.entries` raises.
+        Raises what `Frame.page_head` raises.
         """
         batch = Batch()
         repeated = False
-        for _, entries in frame.entries():
+        for entries in frame.entries(frame.page_head().entries):
             run = entries.run
             if run is not None:
-                batch.count({run.type: run.count})
-                batch.widen(run.first, run.first + run.count - 1)
+                batch.count({run.type: run.length})
+                batch.widen(run.first, run.first + run.length - 1)
                 repeated |= self._track_run(run)
-            elif len(entries):
+            else:
                 batch.count(entries.count_by_type())
                 batch.widen(int(entries.pfns.min()), int(entries.pfns.max()))
                 repeated |= self._track(entries)
@@ -117,8 +117,8 @@ class PageStats:
 
     def _track_run(self, run: PfnRun) -> bool:
         """Take a run in; return whether one of its PFNs had occurred in this pass."""
-        count = max(0, min(run.count, TRACKED_PFNS - run.first))
-        self.untracked += run.count - count
+        count = max(0, min(run.length, TRACKED_PFNS - run.first))
+        self.untracked += run.length - count
         if not count:
             return False
         new = self._seen.add_run(run.first, count)

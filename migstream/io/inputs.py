@@ -17,7 +17,7 @@ from migstream.io import fd as fdio
 
 __all__ = ["CodecInput", "DescriptorInput", "FileInput", "Input", "MemoryInput"]
 
-WINDOW = 16 << 10  # octets a file is read by: the head of a PAGE_DATA record of 1024 PFNs is 8,216
+WINDOW = 8448  # octets a file is read by: header, head and 1024 entries of a PAGE_DATA record are 8,208
 SCRATCH = 256 << 10  # octets of the buffer through which bulk is read only to be dropped
 
 
@@ -76,7 +76,9 @@ class FileInput(Input):
         return max(0, (fdio.file_size(self._fd) or 0) - self._start)
 
     def read(self, length: int) -> bytes:
-        piece = self.peek(length)
+        at = self.position - self._window_at
+        inside = 0 <= at <= len(self._window) - length  # as nearly always: spare a call
+        piece = self._window[at : at + length] if inside else self.peek(length)
         self.position += len(piece)
         return piece
 

@@ -23,7 +23,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 from migstream.errors import FormatError, RecordRef, StreamError, TruncatedError
 from migstream.io.detect import layer_at, open_input
@@ -46,7 +46,7 @@ from migstream.records import (
 from migstream.records.page_data import Entries
 from migstream.records.schema import Array
 
-__all__ = ["Frame", "Item", "Layer", "Payload", "Stream", "Trailer", "open", "open_memory"]
+__all__ = ["Frame", "Item", "Layer", "PageHead", "Payload", "Stream", "Trailer", "open", "open_memory"]
 
 MAX_OPTIONAL_DATA = 1 << 20  # octets of config that an xl file may carry; real ones have a few KiB
 EVERYTHING = 1 << 62  # more octets than any input has
@@ -58,6 +58,7 @@ D = TypeVar("D", bound=Declaration)
 _HEADER = {"little": libxc.RecordHeader.struct("little"), "big": libxc.RecordHeader.struct("big")}
 _HEADER_SIZE = libxc.RecordHeader.head_size
 _PAGE_HEAD = PageData.head_size
+_PAGE_STRUCT = {"little": PageData.struct("little"), "big": PageData.struct("big")}
 
 
 @dataclass
@@ -77,6 +78,13 @@ class Layer:
     def header(self, kind: type[D]) -> D | None:
         """Return the header of class ``kind``, if this layer has one."""
         return next((h for h in self.headers if isinstance(h, kind)), None)
+
+
+class PageHead(NamedTuple):
+    """What stands before the entries of PAGE_DATA: how many they are, and the reserved field."""
+
+    entries: int
+    reserved1: int
 
 
 class Payload:
@@ -255,7 +263,7 @@ class Frame(Payload):
             return OpaqueRecord.of(self.layer.name, self.code, self.body())
         if declared is PageData:
             head = self._page_head()
-            count = self._entry_count(head)
+            count, _ = self._page_fields(head)
             self._refuse_beyond_limit(8 * count)
             return PageData.parse(head + self.read(8 * count), self.layer.order)
         return declared.parse(self.body(), self.layer.order)
@@ -263,10 +271,11 @@ class Frame(Payload):
     def _page_head(self) -> bytes:
         return self.read(min(_PAGE_HEAD, self.length))
 
-    def _entry_count(self, head: bytes) -> int:
+    def _page_fields(self, head: bytes) -> tuple[int, int]:
+        """Return count and reserved1 of PAGE_DATA; the count fits the body."""
         if len(head) < _PAGE_HEAD:
             PageData.parse(head, self.layer.order)  # raises, and says which field is cut
-        count: int = PageData.struct(self.layer.order).unpack(head)[0]
+        count, reserved1 = _PAGE_STRUCT[self.layer.order].unpack(head)
         if 8 * count > self.length - _PAGE_HEAD:
             raise FormatError(
                 f"count is {count}, which needs {8 * count} octets of entries; "
@@ -274,29 +283,25 @@ class Frame(Payload):
                 offset=0,
                 field="count",
             )
-        return count
+        return count, reserved1
 
-    def entries(self, at_once: int = ENTRIES_AT_ONCE) -> Iterator[tuple[PageData, Entries]]:
-        """Read PAGE_DATA's head, then its entries, ``at_once`` at most; leaves the pages to be consumed.
+    def page_head(self) -> PageHead:
+        """Read PAGE_DATA's head: how many entries follow, and the reserved field.
 
-        Yields (the head as a record without entries, a piece of the entries). An empty record yields
-        one empty piece. Raises as `record` does.
+        Then `entries` reads the entries, and what is left of the body are the pages. Raises as `record`.
         """
         self._check_unread()
         try:
-            head = self._page_head()
-            count = self._entry_count(head)
+            return PageHead(*self._page_fields(self._page_head()))
         except StreamError as exc:
             raise self._located(exc) from None
+
+    def entries(self, count: int, at_once: int = ENTRIES_AT_ONCE) -> Iterator[Entries]:
+        """Read ``count`` entries of PAGE_DATA, ``at_once`` at a time; comes after `page_head`."""
         order = self.layer.order
-        reserved1 = PageData.struct(order).unpack(head)[1]
-        record = PageData(entries=Array(8, b"", order), reserved1=reserved1)
-        while True:
-            piece = min(count, at_once)
-            yield record, Entries(Array(8, self.read(8 * piece), order))
-            count -= piece
-            if not count:
-                return
+        for start in range(0, count, at_once):
+            piece = min(count - start, at_once)
+            yield Entries(Array(8, self.read(8 * piece), order))
 
     def finish(self) -> None:
         """Skip what is left of the body and read the padding. Done by the stream's next step anyway."""

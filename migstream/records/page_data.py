@@ -7,9 +7,8 @@ any array at all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from migstream.records.page_types import DATA_TYPES, PFN_MASK, RESERVED_MASK, TYPE_SHIFT
 from migstream.records.schema import COUNTED, Array, Record, array, reserved, u32
@@ -48,12 +47,11 @@ class PageData(Record, layer="libxc", code=0x01, type="PAGE_DATA"):
         return self.unpacked.types
 
 
-@dataclass(frozen=True)
-class PfnRun:
+class PfnRun(NamedTuple):
     """Consecutive PFNs of one type, with no reserved bit set."""
 
     first: int
-    count: int
+    length: int
     type: int
 
 

@@ -1,6 +1,7 @@
 """How a record is declared, and what follows from one declaration.
 
-A declaration is a frozen dataclass whose fields say their wire type, their meaning and their unit::
+A declaration is a class whose fields say their wire type, their meaning and their unit; type checkers
+see it as a frozen dataclass with keyword-only fields (PEP 681), which is how it behaves::
 
     class X86TscInfo(LibxcRecord, code=0x08, type="X86_TSC_INFO"):
         mode: int = u32("TSC mode", names=TscMode)
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields
 from enum import IntEnum
 from typing import (
     TYPE_CHECKING,
@@ -65,29 +65,58 @@ Octets = bytes | bytearray | memoryview
 
 _ORDER_CHAR: dict[ByteOrder, str] = {"little": "<", "big": ">"}
 _INT_CHAR = {1: "B", 2: "H", 4: "I", 8: "Q"}
+MISSING = object()  # a field without a default
 COUNTED = -1  # the default of a count field: take it from what it counts
 
 T = TypeVar("T")
 E = TypeVar("E", bound="int | Declaration")
 
 
-@dataclass(frozen=True)
 class WireField:
     """One field as it stands on the wire.
 
     ``size`` is in octets, of one element for an array, and 0 for octets that fill the body.
     """
 
-    name: str
-    kind: Literal["int", "octets", "array"]
-    size: int
-    doc: str
-    unit: str = ""
-    names: type[IntEnum] | None = None
-    reserved: bool = False
-    counts: str = ""
-    counted_by: str = ""
-    entry: type[Declaration] | None = None
+    __slots__ = (
+        "counted_by",
+        "counts",
+        "default",
+        "doc",
+        "entry",
+        "kind",
+        "name",
+        "names",
+        "reserved",
+        "size",
+        "unit",
+    )
+
+    def __init__(
+        self,
+        kind: Literal["int", "octets", "array"],
+        size: int,
+        doc: str,
+        *,
+        default: object,
+        unit: str = "",
+        names: type[IntEnum] | None = None,
+        reserved: bool = False,
+        counts: str = "",
+        counted_by: str = "",
+        entry: type[Declaration] | None = None,
+    ) -> None:
+        self.name = ""  # the declaring class knows it
+        self.kind = kind
+        self.size = size
+        self.doc = doc
+        self.default = default
+        self.unit = unit
+        self.names = names
+        self.reserved = reserved
+        self.counts = counts
+        self.counted_by = counted_by
+        self.entry = entry
 
     @property
     def variable(self) -> bool:
@@ -114,12 +143,8 @@ class WireField:
             return ""
 
 
-def _wire(default: Any, **wire: Any) -> Any:
-    return field(default=default, metadata={"wire": wire})
-
-
 def _int(size: int, doc: str, default: Any, **wire: Any) -> Any:
-    return _wire(default, kind="int", size=size, doc=doc, **wire)
+    return WireField("int", size, doc, default=default, **wire)
 
 
 def u8(
@@ -152,21 +177,20 @@ def u64(
 
 def reserved(size: int, *, default: int | bytes) -> Any:
     """Declare a field that the specification reserves: zero on save, ignored on restore, kept here."""
-    kind = "int" if size in _INT_CHAR else "octets"
-    return _wire(default, kind=kind, size=size, doc="reserved, zero", reserved=True)
+    kind: Literal["int", "octets"] = "int" if size in _INT_CHAR else "octets"
+    return WireField(kind, size, "reserved, zero", default=default, reserved=True)
 
 
 def octets(doc: str, *, size: int = 0, counted_by: str = "", default: Any = MISSING) -> Any:
     """Declare raw octets: a fixed ``size``, as many as a field says, or (0) the rest of the body."""
-    return _wire(default, kind="octets", size=size, doc=doc, counted_by=counted_by)
+    return WireField("octets", size, doc, default=default, counted_by=counted_by)
 
 
 def array(entry: type[Declaration] | int, doc: str, *, counted_by: str = "", default: Any = MISSING) -> Any:
     """Declare an array of declarations, or of integers of ``entry`` octets, to the end of the body."""
     if isinstance(entry, int):
-        return _wire(default, kind="array", size=entry, doc=doc, counted_by=counted_by)
-    size = entry.head_size
-    return _wire(default, kind="array", size=size, doc=doc, counted_by=counted_by, entry=entry)
+        return WireField("array", entry, doc, default=default, counted_by=counted_by)
+    return WireField("array", entry.head_size, doc, default=default, counted_by=counted_by, entry=entry)
 
 
 class Array(Sequence[E]):
@@ -259,6 +283,10 @@ def _dtype(entry: type[Declaration] | int, order: ByteOrder) -> np.dtype[Any]:
     )
 
 
+_SURPLUS = WireField("octets", 0, "octets past the declared fields", default=b"")
+_SURPLUS.name = "surplus"
+
+
 @dataclass_transform(
     frozen_default=True, kw_only_default=True, field_specifiers=(u8, u16, u32, u64, reserved, octets, array)
 )
@@ -268,7 +296,7 @@ class Declaration:
     ``surplus`` holds octets that a body carries past what is declared, so that nothing is lost.
     """
 
-    surplus = b""  # not annotated, so no dataclass field: it is no part of the wire declaration
+    surplus = b""
 
     wire_fields: ClassVar[tuple[WireField, ...]] = ()
     head_size: ClassVar[int] = 0
@@ -281,19 +309,46 @@ class Declaration:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        dataclass(frozen=True, kw_only=True, eq=False)(cls)
         _compile(cls)
 
-    def __post_init__(self) -> None:
+    # Generated classes (`dataclasses`) would cost a millisecond each at every start of the program, of
+    # which there are forty; one `__init__` for all costs nothing.
+    if not TYPE_CHECKING:
+
+        def __init__(self, **values):
+            known = {wire.name for wire in self.wire_fields}
+            if not values.keys() <= known:
+                unknown = ", ".join(sorted(values.keys() - known))
+                raise TypeError(f"{type(self).__name__} has no field {unknown}")
+            for wire in self.wire_fields:
+                value = values.get(wire.name, wire.default)
+                if value is MISSING:
+                    raise TypeError(f"{type(self).__name__} needs the field {wire.name}")
+                self.__dict__[wire.name] = value
+            self._check()
+
+        def __setattr__(self, name, value):
+            raise AttributeError(f"{type(self).__name__} is frozen")
+
+        __delattr__ = __setattr__
+
+    def __repr__(self) -> str:
+        shown = [f"{wire.name}={getattr(self, wire.name)!r}" for wire in self.wire_fields]
+        shown += [f"surplus={self.surplus!r}"] if self.surplus else []
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _check(self) -> None:
+        """Fill in counts from what they count; refuse what could not be built."""
         for wire in self._head:
+            value = self.__dict__[wire.name]
             if wire.counts:
                 actual = len(getattr(self, wire.counts))
-                if getattr(self, wire.name) not in (COUNTED, actual):
+                if value not in (COUNTED, actual):
                     raise ValueError(
                         f"{type(self).__name__}.{wire.name} is not the length of {wire.counts}, {actual}"
                     )
-                object.__setattr__(self, wire.name, actual)
-            elif wire.kind == "octets" and len(getattr(self, wire.name)) != wire.size:
+                self.__dict__[wire.name] = actual
+            elif wire.kind == "octets" and len(value) != wire.size:
                 raise ValueError(f"{type(self).__name__}.{wire.name} has to be {wire.size} octets long")
 
     def __eq__(self, other: object) -> bool:
@@ -338,14 +393,8 @@ class Declaration:
             rest = rest[length:]
         if rest and not cls.payload:
             values["surplus"] = bytes(rest)
-        return cls._from_values(values)
-
-    @classmethod
-    def _from_values(cls, values: dict[str, Any]) -> Self:
-        surplus = values.pop("surplus", b"")
-        made = cls(**values)
-        if surplus:
-            object.__setattr__(made, "surplus", surplus)
+        made = cls.__new__(cls)  # what was parsed fits: nothing to check or to fill in
+        made.__dict__.update(values)
         return made
 
     def build(self, order: ByteOrder = "little") -> bytes:
@@ -395,16 +444,20 @@ class Declaration:
             if wire.name not in data:
                 raise ValueError(f"{cls.__name__}: the field {wire.name} is missing")
             values[wire.name] = _value_from_json(cls, wire, data[wire.name])
-        surplus = WireField(name="surplus", kind="octets", size=0, doc="")
-        values["surplus"] = _value_from_json(cls, surplus, data.get("surplus", ""))
-        return cls._from_values(values)
+        made = cls(**values)
+        surplus = _value_from_json(cls, _SURPLUS, data.get("surplus", ""))
+        if surplus:
+            made.__dict__["surplus"] = surplus
+        return made
 
 
 def _compile(cls: type[Declaration]) -> None:
-    """Derive the wire form of ``cls`` from its dataclass fields."""
-    wires = tuple(
-        WireField(name=f.name, **f.metadata["wire"]) for f in fields(cast(Any, cls)) if "wire" in f.metadata
-    )
+    """Derive the wire form of ``cls`` from the fields that it declares, behind those it inherits."""
+    declared = [(name, wire) for name, wire in vars(cls).items() if isinstance(wire, WireField)]
+    for name, wire in declared:
+        wire.name = name
+        delattr(cls, name)
+    wires = cls.wire_fields + tuple(wire for _, wire in declared)
     variable = [w for w in wires if w.variable]
     if variable and variable != [wires[-1]]:
         raise TypeError(f"{cls.__name__}: only the last field may be of variable length")
@@ -494,8 +547,7 @@ class OpaqueRecord(Record):
     def of(cls, layer: str, type_code: int, body: bytes) -> Self:
         """Make one of ``layer``'s type ``type_code``."""
         made = cls(body=body)
-        object.__setattr__(made, "_type_code", type_code)
-        object.__setattr__(made, "layer", layer)
+        made.__dict__.update(_type_code=type_code, layer=layer)
         return made
 
     @property

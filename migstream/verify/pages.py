@@ -28,16 +28,16 @@ class PageContext:
 
 def check_page_data(frame: Frame, context: PageContext) -> Iterator[Complaint]:
     """Read the head and entries of ``frame`` and yield what they break; the pages are left unread."""
-    pages = count = 0
-    for head, entries in frame.entries():
-        if not count and head.reserved1:
-            yield "reserved-field", f"reserved1 is {head.reserved1:#x}, not zero"
-        count += len(entries)
+    count, reserved1 = frame.page_head()
+    if reserved1:
+        yield "reserved-field", f"reserved1 is {reserved1:#x}, not zero"
+    pages = 0
+    for entries in frame.entries(count):
         run = entries.run
         if run is not None:
-            pages += run.count if run.type in DATA_TYPES else 0
+            pages += run.length if run.type in DATA_TYPES else 0
             yield from _run(run, context)
-        elif len(entries):
+        else:
             pages += int(entries.with_data.sum())
             yield from _array(entries, context)
     if not count:
@@ -52,8 +52,8 @@ def check_page_data(frame: Frame, context: PageContext) -> Iterator[Complaint]:
 
 
 def _run(run: PfnRun, context: PageContext) -> Iterator[Complaint]:
-    yield from _types({run.type: run.count}, context, run.first)
-    last = run.first + run.count - 1
+    yield from _types({run.type: run.length}, context, run.first)
+    last = run.first + run.length - 1
     if context.max_pfn is not None and last > context.max_pfn:
         yield "page-beyond-p2m", f"PFN {last:#x} is above {context.max_pfn:#x}"
 
