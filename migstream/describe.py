@@ -12,11 +12,10 @@ from typing import Any
 from migstream.errors import FormatError
 from migstream.records import Array, Record, libxc, libxl
 from migstream.records.hvm_params import HvmParam
-from migstream.records.page_types import type_name
 from migstream.records.schema import WireField
 from migstream.text import printable
 
-__all__ = ["describe", "describe_pages", "describe_pfns"]
+__all__ = ["describe"]
 
 SHOWN = 24  # entries of one record that are worth a line; more are counted
 
@@ -78,13 +77,3 @@ _SPECIAL: dict[type[Record], Callable[[Any], str]] = {
     libxl.EmulatorXenstoreData: _xenstore,
     libxl.EmulatorContext: _emulator_context,
 }
-
-
-def describe_pages(by_type: dict[int, int]) -> str:
-    """Return counts by page type: ``NOTAB 900, XTAB 124``."""
-    return ", ".join(f"{type_name(type)} {count}" for type, count in sorted(by_type.items()))
-
-
-def describe_pfns(lowest: int | None, highest: int | None) -> str:
-    """Return a range of PFNs: ``0x0..0x3ff``, or ``-`` for none."""
-    return "-" if lowest is None or highest is None else f"{lowest:#x}..{highest:#x}"

@@ -6,14 +6,11 @@ gives up on what it can frame. `Report.to_json` is the documented form: ``spec/i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from migstream.describe import describe, describe_pages, describe_pfns
 from migstream.errors import StreamError
 from migstream.io.reader import Frame, Layer, Stream, Trailer
-from migstream.layout import Layout
 from migstream.page_stats import Batch, PageStats
 from migstream.records import Record, libxc, libxl, xl
 from migstream.records.libxc import GuestType
@@ -63,10 +60,12 @@ class Line:
     @property
     def text(self) -> str:
         """What the record holds, in one line."""
+        from migstream.describe import describe
+
         if self.error is not None:
             return self.error
         if self.pages is not None:
-            return _pages_text(self.pages)
+            return self.pages.text
         return describe(self.record) if self.record is not None else f"{self.length} octets, not decoded"
 
     def to_json(self) -> dict[str, object]:
@@ -150,6 +149,8 @@ class Report:
         config = layer.header(xl.SaveFileConfig) if layer else None
         if config is None:
             return None
+        import json
+
         try:
             return json.loads(config.text)
         except (ValueError, RecursionError):
@@ -259,12 +260,6 @@ def _frame(frame: Frame, report: Report, stream: Stream, count_zero: bool) -> Li
     return line
 
 
-def _pages_text(batch: Batch) -> str:
-    zero = "" if batch.zero_pages is None else f"; {batch.zero_pages} zero pages"
-    pfns = describe_pfns(batch.lowest, batch.highest)
-    return f"{batch.pfns} PFNs {pfns}: {describe_pages(batch.by_type)}{zero}"
-
-
 def _count(line: Line, report: Report) -> None:
     types = report.records.setdefault(line.layer, {})
     name = line.type if line.type in types or len(types) < TYPES_KEPT else "OTHER"
@@ -295,9 +290,12 @@ def _static_end(frame: Frame, report: Report) -> None:
         return
     if frame.layer.name != "libxc" or domain.type not in set(GuestType):
         return
-    image = frame.layer.header(libxc.ImageHeader)
-    version = image.version if image else 3
     if declared is libxc.StaticDataEnd:
         report.static_end, report.static_end_offset = "explicit", frame.offset
-    elif Layout(GuestType(domain.type), version).infers_static_data_end(declared):
-        report.static_end, report.static_end_offset = "inferred", frame.offset
+        return
+    image = frame.layer.header(libxc.ImageHeader)
+    if image is not None and image.version < 3:
+        from migstream.layout import Layout
+
+        if Layout(GuestType(domain.type), image.version).infers_static_data_end(declared):
+            report.static_end, report.static_end_offset = "inferred", frame.offset

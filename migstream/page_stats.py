@@ -42,8 +42,23 @@ class Batch:
 
     def count(self, by_type: dict[int, int]) -> None:
         """Add counts by type."""
+        if not self.by_type:
+            self.by_type.update(by_type)
+            return
         for type, count in by_type.items():
             self.by_type[type] = self.by_type.get(type, 0) + count
+
+    @property
+    def range_text(self) -> str:
+        """The PFNs' range, ``0x0..0x3ff``, or ``-`` for none."""
+        return "-" if self.lowest is None or self.highest is None else f"{self.lowest:#x}..{self.highest:#x}"
+
+    @property
+    def text(self) -> str:
+        """The batch in one line: ``1024 PFNs 0x0..0x3ff: NOTAB 900, XTAB 124``."""
+        types = ", ".join(f"{name} {count}" for name, count in self.types_json().items())
+        zero = "" if self.zero_pages is None else f"; {self.zero_pages} zero pages"
+        return f"{self.pfns} PFNs {self.range_text}: {types}{zero}"
 
     def types_json(self) -> dict[str, int]:
         """Return the counts by the names of the types."""

@@ -18,7 +18,7 @@ orders: st.SearchStrategy[ByteOrder] = st.sampled_from(("little", "big"))
 
 
 def entries_of(values: list[int], order: ByteOrder = "little") -> Entries:
-    return Entries(Array(8, b"".join(v.to_bytes(8, order) for v in values), order))
+    return Entries(b"".join(v.to_bytes(8, order) for v in values), order)
 
 
 def run_of(values: list[int]) -> PfnRun | None:

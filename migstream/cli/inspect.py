@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import click
@@ -51,18 +50,18 @@ def command(
         with open_stream(file, timeout_s) as stream:
             for line in inspect(stream, report, count_zero=zero_pages):
                 if as_jsonl:
-                    click.echo(json.dumps(line.to_json()))
+                    click.echo(_dumps(line.to_json()))
                 elif as_records:
                     click.echo(
                         f"{line.index:6} {line.offset:12} {line.layer:5} {line.type:24} {line.length:9}  "
                         f"{line.text}".rstrip()
                     )
         if as_jsonl:
-            click.echo(json.dumps(report.to_json()))
+            click.echo(_dumps(report.to_json()))
         elif as_json:
-            click.echo(json.dumps(report.to_json(), indent=2))
+            click.echo(_dumps(report.to_json(), indent=2))
         elif show_config:
-            click.echo(json.dumps(report.config, indent=2))
+            click.echo(_dumps(report.config, indent=2))
         elif not as_records:
             from migstream.cli.summary import summary
 
@@ -73,3 +72,9 @@ def command(
             click.echo(f"migstream: {error_lines(report.error, file)}", err=True)
     if report.error is not None:
         sys.exit(1)
+
+
+def _dumps(value: object, indent: int | None = None) -> str:
+    import json
+
+    return json.dumps(value, indent=indent)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from migstream.describe import describe_pfns
 from migstream.inspect import Report
 from migstream.records import libxc, xl
 from migstream.text import printable, size
@@ -93,7 +92,7 @@ def _guest(report: Report) -> list[list[str]]:
 
 def _pages(report: Report) -> list[list[str]]:
     stats, total = report.pages, report.pages.total
-    rows = [["PFNs", f"{total.pfns} in {describe_pfns(total.lowest, total.highest)}, "]]
+    rows = [["PFNs", f"{total.pfns} in {total.range_text}, "]]
     more = "" if stats.exact else "at least "
     rows[0][1] += f"{more}{stats.distinct} distinct, {total.pages} with data ({size(total.pages * 4096)})"
     rows += [[name, str(count)] for name, count in total.types_json().items()]

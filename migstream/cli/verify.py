@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import click
@@ -61,6 +60,8 @@ def command(
             verdict = verify(stream)
         sound = verdict.sound(strict=strict)
         if as_json:
+            import json
+
             click.echo(json.dumps(_json(verdict, sound), indent=2))
         elif not quiet:
             _print(verdict, file, sound=sound, verbose=verbose)

@@ -43,8 +43,7 @@ from migstream.records import (
     record_name,
     xl,
 )
-from migstream.records.page_data import Entries
-from migstream.records.schema import Array
+from migstream.records.page_data import Entries, RunTemplates
 
 __all__ = ["Frame", "Item", "Layer", "PageHead", "Payload", "Stream", "Trailer", "open", "open_memory"]
 
@@ -124,7 +123,10 @@ class Payload:
     def read(self, length: int) -> bytes:
         """Read the next ``length`` octets; no more than are left may be asked for."""
         piece = self._stream.input.read(self._within(length))
-        self._taken(None if self._left is None else length, len(piece))
+        if self._left is not None and len(piece) == length:  # as nearly always: spare a call
+            self._left -= length
+        else:
+            self._taken(None if self._left is None else length, len(piece))
         return piece
 
     def readv_into(self, buffers: Iterable[memoryview]) -> int:
@@ -301,7 +303,7 @@ class Frame(Payload):
         order = self.layer.order
         for start in range(0, count, at_once):
             piece = min(count - start, at_once)
-            yield Entries(Array(8, self.read(8 * piece), order))
+            yield Entries(self.read(8 * piece), order, self._stream.run_templates)
 
     def finish(self) -> None:
         """Skip what is left of the body and read the padding. Done by the stream's next step anyway."""
@@ -360,6 +362,7 @@ class Stream:
         self.layers: list[Layer] = []
         self.checkpoints = 0
         self.checkpoint_offset = 0
+        self.run_templates = RunTemplates()  # for recognising PAGE_DATA's runs, frame after frame
         self.ending: str | None = None
         self._open: dict[str, Layer] = {}  # by name: the layers whose records may go on
         self._at_checkpoint = False

@@ -7,7 +7,6 @@ order of records comes from `migstream.layout`, which the restore engine uses to
 
 from __future__ import annotations
 
-import json
 from typing import Protocol
 
 from migstream.errors import FormatError, StreamError, TruncatedError
@@ -122,6 +121,8 @@ class _Verifier:
         if not config.config:
             complain("xl-config-absent", "the config is empty", at)
         elif header is not None and header.mandatory_flags & xl.MANDATORY_JSON:
+            import json
+
             try:
                 if not isinstance(json.loads(config.text), dict):
                     complain("xl-config-malformed", "JSON, but no object", at + 4)
