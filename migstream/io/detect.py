@@ -10,7 +10,8 @@ import io
 import os
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, BinaryIO, cast
+from functools import partial
+from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
 
 from migstream.errors import FormatError, TruncatedError
 from migstream.io import fd as fdio
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["layer_at", "open_input"]
 
 MAX_WINDOW = 128 << 20  # octets of history that compressed data may ask for: zstd's own --long default
-XZ_CHUNK = 128 << 10
+UNPACK_CHUNK = 128 << 10  # octets of compressed data taken at a time
 LIBXC_MAGIC = libxc.MARKER.to_bytes(8, "big") + libxc.IMAGE_ID.to_bytes(4, "big")
 LIBXL_MAGIC = libxl.IDENT.to_bytes(8, "big")
 
@@ -62,26 +63,66 @@ def _zstd(raw: BinaryIO) -> BinaryIO:
 
 
 def _gzip(raw: BinaryIO) -> BinaryIO:
-    import gzip
-
-    return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
+    return cast(BinaryIO, _Unpacker(raw, _GzipDecoder))
 
 
 def _xz(raw: BinaryIO) -> BinaryIO:
-    return cast(BinaryIO, io.BufferedReader(_XzReader(raw), XZ_CHUNK))
+    import lzma
+
+    # Bounded, as an xz header may ask for a dictionary of 4 GiB.
+    bounded = partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, memlimit=MAX_WINDOW)
+    return cast(BinaryIO, _Unpacker(raw, bounded))
 
 
-class _XzReader(io.RawIOBase):
-    """As lzma.LZMAFile, but with a bound on memory: an xz header may ask for a dictionary of 4 GiB."""
+class _Decoder(Protocol):
+    """Unpacks one stream; as the standard library's decompressors of lzma and bz2."""
 
-    def __init__(self, raw: BinaryIO) -> None:
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def needs_input(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, max_length: int) -> bytes: ...
+
+
+class _GzipDecoder:
+    """Makes a `_Decoder` of zlib's."""
+
+    def __init__(self) -> None:
+        import zlib
+
+        self._zlib = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # 16: gzip, not zlib
+
+    @property
+    def eof(self) -> bool:
+        return self._zlib.eof
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._zlib.unconsumed_tail
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._zlib.unused_data
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        return self._zlib.decompress(self._zlib.unconsumed_tail + data, max_length)
+
+
+class _Unpacker(io.RawIOBase):
+    """Reads streams one after the other; what is there of a truncated one comes out, then the end.
+
+    The standard library's GzipFile and LZMAFile drop what they unpacked when the input ends early.
+    """
+
+    def __init__(self, raw: BinaryIO, make_decoder: Callable[[], _Decoder]) -> None:
         self._raw = raw
+        self._make_decoder = make_decoder
         self._start_stream()
 
     def _start_stream(self) -> None:
-        import lzma
-
-        self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_WINDOW)
+        self._decoder = self._make_decoder()
         self._begun = False
 
     def readable(self) -> bool:
@@ -96,7 +137,7 @@ class _XzReader(io.RawIOBase):
                 packed = self._decoder.unused_data
                 self._start_stream()
             if not packed and self._decoder.needs_input:
-                packed = self._raw.read(XZ_CHUNK)
+                packed = self._raw.read(UNPACK_CHUNK)
                 if not packed:
                     return 0
             if not self._begun:

@@ -251,12 +251,10 @@ class CodecInput(Input):
         while done < len(view):
             try:
                 got = cast("_ReadsInto", self._reader).readinto(view[done:])
-            except EOFError:
-                break  # gzip and xz say so, zstd does not: the reader finds what is missing
             except Exception as exc:
                 # Each codec has errors of its own, without a common base: zstandard.ZstdError,
-                # zlib.error, lzma.LZMAError, gzip.BadGzipFile (an OSError without errno).
-                if isinstance(exc, MigstreamError) or getattr(exc, "errno", None) is not None:
+                # zlib.error, lzma.LZMAError.
+                if isinstance(exc, MigstreamError | OSError):
                     raise  # the input's own
                 raise FormatError(
                     f"the {self._codec} data are damaged: {exc}",
