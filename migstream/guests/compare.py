@@ -42,8 +42,9 @@ def differing_pfns(one: ModelGuest, other: ModelGuest) -> npt.NDArray[np.uint64]
         tables = compared & (TABLE_LEVEL[types] > 0)
         if one.frames is not None and other.frames is not None and tables.any():
             levels = TABLE_LEVEL[types[tables]]
-            mine, _ = one.frames.normalise(_pages(one, pfns[tables]), levels)
-            theirs, _ = other.frames.normalise(_pages(other, pfns[tables]), levels)
+            width = one.guest_width
+            mine, _ = one.frames.normalise(_pages(one, pfns[tables]), levels, width)
+            theirs, _ = other.frames.normalise(_pages(other, pfns[tables]), levels, width)
             different[tables] = (mine != theirs).any(axis=1)
         differing.append(pfns[different])
     for guest in (one, other):

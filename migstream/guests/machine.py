@@ -6,42 +6,35 @@ ever sees half of it.
 
 from __future__ import annotations
 
-import mmap
 import threading
 
 import numpy as np
 import numpy.typing as npt
 
-from migstream.bitmap import PfnBitmap
 from migstream.errors import GuestError
 from migstream.guests.dirty_log import DirtyLog
 from migstream.guests.memory import Memory, run_bounds
 from migstream.guests.model_boot import MIN_PAGES, USABLE
+from migstream.guests.page_book import PageBook
 from migstream.guests.pv_pages import ENTRIES, PRESENT, FrameMap
 from migstream.records.page_types import PageType
 
 __all__ = ["Machine"]
 
-XTAB = np.uint8(PageType.XTAB)
 
-
-class Machine:
+class Machine(PageBook):
     """``n_pages`` pages, none of them populated yet, and a dirty log. Starts suspended.
 
     ``lock`` is held around every step that must look atomic from outside; who waits for it is notified
     when the machine resumes.
     """
 
-    def __init__(self, n_pages: int, *, pv: bool, seed: int) -> None:
+    def __init__(self, n_pages: int, *, pv: bool, seed: int, page_limit: int | None) -> None:
         if n_pages < MIN_PAGES:
             raise GuestError(f"a model needs at least {MIN_PAGES} pages ({MIN_PAGES * 4}K), not {n_pages}")
-        self.n_pages = n_pages
+        super().__init__(n_pages, page_limit)
         self.lock = threading.Condition(threading.RLock())
         self.memory = Memory.anonymous(n_pages)
-        # A page's type ^ XTAB: so a page that nobody spoke of is XTAB, and its octet is never touched.
-        self._types = np.frombuffer(mmap.mmap(-1, n_pages), np.uint8)
-        self.populated_pfns = PfnBitmap(n_pages)
-        self.n_populated = 0
         self.log = DirtyLog(n_pages)
         self.frames = FrameMap(n_pages, seed) if pv else None
         self.suspended = True
@@ -49,21 +42,6 @@ class Machine:
         self.fixed: npt.NDArray[np.uint64] = np.empty(0, np.uint64)  # PFNs that a workload leaves alone
         self.l1_tables: npt.NDArray[np.uint64] | None = None  # the i-th maps PFNs from 512 i (booted PV)
         self._changes: dict[tuple[int, int], np.uint64] = {}  # (table, entry) in change -> its old value
-
-    def bounded(self, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        """Return ``pfns``. Raises `GuestError` where one is past the machine's last."""
-        if len(pfns) and int(pfns.max()) >= self.n_pages:
-            raise GuestError(f"PFN {int(pfns.max()):#x} is past the guest's last, {self.n_pages - 1:#x}")
-        return pfns
-
-    def types_of(self, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
-        """Return the page types of ``pfns``, uint8[n]; XTAB where none was set."""
-        types: npt.NDArray[np.uint8] = self._types[self.bounded(pfns)] ^ XTAB
-        return types
-
-    def set_types(self, pfns: npt.NDArray[np.uint64], types: npt.NDArray[np.uint8] | int) -> None:
-        """Set the page types of ``pfns``."""
-        self._types[self.bounded(pfns)] = np.asarray(types, np.uint8) ^ XTAB
 
     # What the running guest does. Each raises `GuestError` while the machine is suspended.
 
@@ -73,7 +51,7 @@ class Machine:
         """Write ``words``, one into each of ``pfns`` at word ``columns`` (0-511) of a page; all uint64[n]."""
         with self.lock:
             self._must_run()
-            self.memory.words[self.bounded(pfns), columns] = words
+            self.memory.words[self._bounded(pfns), columns] = words
             self.log.note(pfns)
 
     def balloon_out(self, pfns: npt.NDArray[np.uint64]) -> None:
@@ -86,9 +64,9 @@ class Machine:
         """Fill the holes ``pfns``, uint64[n], with zero pages from the host."""
         with self.lock:
             self._must_run()
+            self.populate(pfns)
             self._map(pfns)
-            self.set_types(pfns, PageType.NOTAB)
-            self.n_populated += self.populated_pfns.add(pfns)
+            self.set_page_types(pfns, PageType.NOTAB)
             self.log.note(pfns)
 
     def mark_offline(self, pfns: npt.NDArray[np.uint64]) -> None:
@@ -102,7 +80,7 @@ class Machine:
         one = np.array([pfn], np.uint64)
         with self.lock:
             self._must_run()
-            if int(self.types_of(one)[0]) == PageType.BROKEN:
+            if int(self.page_types(one)[0]) == PageType.BROKEN:
                 self.balloon_in(one)
                 return
             self._unmap(one)
@@ -137,9 +115,8 @@ class Machine:
 
     def _release(self, pfns: npt.NDArray[np.uint64], type: PageType) -> None:
         self._unmap(pfns)
-        self.n_populated -= int(self.populated_pfns.test(pfns).sum())
-        self.populated_pfns.discard(pfns)
-        self.set_types(pfns, type)
+        self.depopulate(pfns)
+        self.set_page_types(pfns, type)
         for first, end in run_bounds(pfns):
             self.memory.discard(first, end - first)
         self.log.note(pfns)

@@ -29,18 +29,14 @@ from migstream.guests.pv_pages import (
     TABLE_LEVEL,
     FrameMap,
     entry_frames,
+    referenced_pfns,
     with_frames,
 )
-from migstream.layout import TABLE, Phase
+from migstream.guests.state_book import StateBook
 from migstream.records import Record, array_of
-from migstream.records.hvm_params import HvmParam
 from migstream.records.libxc import (
     GuestType,
-    HvmParamEntry,
-    HvmParams,
-    VcpuRecord,
     X86PvP2mFrames,
-    X86PvVcpuBasic,
 )
 from migstream.records.page_types import PageType
 from migstream.records.pv_state import PV_LAYOUTS
@@ -67,14 +63,11 @@ class ModelGuest(Machine):
     """
 
     def __init__(self, n_pages: int, guest_type: GuestType, *, seed: int, memory_limit: int | None) -> None:
-        super().__init__(n_pages, pv=guest_type is GuestType.PV, seed=seed)
+        super().__init__(n_pages, pv=guest_type is GuestType.PV, seed=seed, page_limit=memory_limit)
         self._guest_type = guest_type
-        self.memory_limit = n_pages if memory_limit is None else memory_limit
         #: Asked by `suspend`, while the guest still runs.
         self.suspend_request: Callable[[], SuspendAnswer] = lambda: SuspendAnswer.SUSPENDS
-        self._static: list[Record] = []
-        self._layout: list[Record] = []
-        self._state: dict[tuple[type[Record], int], Record] = {}
+        self._book = StateBook()
         self._make_state: Callable[[int], list[Record]] | None = None
 
     @classmethod
@@ -112,25 +105,27 @@ class ModelGuest(Machine):
             p2m = X86PvP2mFrames(
                 p2m_start_pfn=0, p2m_end_pfn=n_pages - 1, p2m_pfns=array_of(8, plan.p2m_frames)
             )
-            guest.l1_tables, guest._layout = plan.l1_tables, [p2m]
-            guest._static = [machine_state.pv_info(), *machine_state.policies()]
+            guest.l1_tables = plan.l1_tables
+            known = [machine_state.pv_info(), *machine_state.policies(), p2m]
             guest._make_state = lambda ticks: machine_state.pv_state(
                 vcpu_places, vcpus=vcpus, seed=seed, ticks=ticks
             )
         else:
             places = model_boot.hvm_places(n_pages)
             fixed = np.arange(n_pages - 8, n_pages, dtype=np.uint64)
-            guest._static = machine_state.policies()
+            known = machine_state.policies()
             guest._make_state = lambda ticks: machine_state.hvm_state(
                 places, vcpus=vcpus, seed=seed, ticks=ticks
             )
+        for record in known:
+            guest.apply(record)
         guest.fixed = fixed
         if holes:
             model_boot.scatter_holes(types, fixed, rng)
-        guest.set_types(np.arange(n_pages, dtype=np.uint64), types)
+        guest.set_page_types(np.arange(n_pages, dtype=np.uint64), types)
         populated = (types != PageType.XTAB) & (types != PageType.BROKEN)
         for first, end in run_bounds(np.flatnonzero(populated).astype(np.uint64)):
-            guest.n_populated += guest.populated_pfns.add_run(first, end - first)
+            guest.populate(np.arange(first, end, dtype=np.uint64))
         if content:
             model_boot.fill(guest.memory, types, rng)
         if plan is not None and guest.frames is not None:
@@ -151,18 +146,9 @@ class ModelGuest(Machine):
         return self._guest_type
 
     @property
-    def max_pfn(self) -> int:
-        """The highest PFN that the machine has room for."""
-        return self.n_pages - 1
-
-    @property
     def vcpu_limit(self) -> int:
         """How many processors may be restored."""
         return VCPU_LIMIT
-
-    def page_types(self, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
-        """Return the types of ``pfns``, uint8[n]; XTAB for those that have no page."""
-        return self.types_of(pfns)
 
     @overload
     def pages(self, pfns: npt.NDArray[np.uint64]) -> Sequence[memoryview]: ...
@@ -188,8 +174,10 @@ class ModelGuest(Machine):
         frames: FrameMap,
     ) -> tuple[Sequence[memoryview], npt.NDArray[np.bool_]]:
         with self.lock:
-            self.bounded(pfns)
-            copies, in_change = frames.normalise(self.memory.words[pfns[tables]], levels)
+            self._bounded(pfns)
+            copies, in_change = frames.normalise(
+                self.memory.words[pfns[tables]], levels, self._book.pv_layout.guest_width
+            )
             if self.suspended and in_change.any():
                 pfn = int(pfns[tables][in_change][0])
                 raise GuestError(
@@ -233,11 +221,11 @@ class ModelGuest(Machine):
 
     def static_records(self) -> Sequence[Record]:
         """Return PV_INFO (PV), CPUID and MSR policies."""
-        return list(self._static)
+        return self._book.static
 
     def layout_records(self) -> Sequence[Record]:
         """Return P2M_FRAMES of a PV guest."""
-        return list(self._layout)
+        return self._book.layout
 
     def state_records(self) -> Sequence[Record]:
         """Return the machine's state. Raises `GuestError` while it runs."""
@@ -246,8 +234,11 @@ class ModelGuest(Machine):
         return self.state()
 
     def state(self) -> list[Record]:
-        """Return the state as it is at this moment: made, or, in a restored machine, as restored."""
-        return list(self._state.values()) if self._make_state is None else self._make_state(self.ticks)
+        """Return the state as it is at this moment; that of a restored machine is as it was restored."""
+        if self._make_state is not None:
+            for record in self._make_state(self.ticks):
+                self._book.apply(record)
+        return self._book.state
 
     def suspend(self) -> None:
         """Ask the guest to suspend, and stop it. Raises `GuestError` if it refuses or does not answer."""
@@ -271,56 +262,35 @@ class ModelGuest(Machine):
             self._write_p2m()
             self.lock.notify_all()
 
-    def _start_info_pfn(self) -> int | None:
-        for record in self.state():
-            if isinstance(record, X86PvVcpuBasic) and record.vcpu_id == 0:
-                return PV.vcpu_context.edx.get(record.context)
-        return None
-
     def _translate_start_info(self, *, to_frames: bool) -> None:
         """Turn the rings' PFNs in the start info page into frames, or back."""
-        if self.frames is None or (pfn := self._start_info_pfn()) is None:
+        self.state()
+        pfn = self._book.start_info_pfn
+        if self.frames is None or pfn is None or pfn > self.max_pfn:
             return
+        layout = self._book.pv_layout
         page = self.memory.page(pfn)
         translate = self.frames.mfns if to_frames else self.frames.pfns
-        for ring in (PV.start_info.store_mfn, PV.start_info.console_mfn):
+        for ring in (layout.start_info.store_mfn, layout.start_info.console_mfn):
             ring.set(page, int(translate(np.array([ring.get(page)], np.uint64))[0]))
         self.log.note(np.array([pfn], np.uint64))
 
     def _write_p2m(self) -> None:
         """Write the guest's list of frames into its P2M_FRAMES pages."""
-        for record in self._layout:
+        for record in self._book.layout:
             if self.frames is None or not isinstance(record, X86PvP2mFrames):
                 continue
-            per_frame = PV.p2m_entries_per_frame
-            lists = record.p2m_pfns.numpy().astype(np.uint64)
-            for i, frame in enumerate(lists.tolist(), record.p2m_start_pfn // per_frame):
+            layout = self._book.pv_layout
+            per_frame = layout.p2m_entries_per_frame
+            entry = np.dtype(f"<u{layout.guest_width}")
+            frames = record.p2m_pfns.numpy().astype(np.uint64)
+            for i, frame in enumerate(frames.tolist(), record.p2m_start_pfn // per_frame):
                 pfns = np.arange(i * per_frame, min((i + 1) * per_frame, self.n_pages), dtype=np.uint64)
-                entries = np.where(self.populated_pfns.test(pfns), self.frames.mfns(pfns), INVALID)
-                self.memory.words[frame, : len(pfns)] = entries
-            self.log.note(lists)
+                mfns = np.where(self.populated(pfns), self.frames.mfns(pfns), INVALID)
+                self.memory.pages[frame].view(entry)[: len(pfns)] = mfns.astype(entry)
+            self.log.note(frames)
 
     # The target's side
-
-    def populate(self, pfns: npt.NDArray[np.uint64]) -> None:
-        """Give the machine memory at ``pfns``. Raises `GuestError` past the host's limit."""
-        self.bounded(pfns)
-        with self.lock:
-            if self.n_populated + len(pfns) > self.memory_limit:
-                raise GuestError(
-                    f"the host has no memory left: {self.n_populated} of {self.memory_limit} pages are in "
-                    f"use, {len(pfns)} more are needed; give the guest a larger limit"
-                )
-            self.n_populated += self.populated_pfns.add(pfns)
-
-    def populated(self, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-        """Return which of ``pfns`` have memory, bool[n]."""
-        self.bounded(pfns)
-        return self.populated_pfns.test(pfns)
-
-    def set_page_types(self, pfns: npt.NDArray[np.uint64], types: npt.NDArray[np.uint8]) -> None:
-        """Note the types of ``pfns``, uint64[n]: ``types``, uint8[n]."""
-        self.set_types(pfns, types)
 
     def localise(self, level: int, page: memoryview) -> None:
         """Put this machine's frames into a page table, in place, and populate what it refers to.
@@ -330,46 +300,23 @@ class ModelGuest(Machine):
         if self.frames is None:
             raise GuestError("an HVM guest's page tables are its own affair: nothing to localise")
         entries = np.frombuffer(page, np.uint64)
-        pfns = entry_frames(entries)
-        present = entries & PRESENT != 0
-        wanted = np.unique(pfns[present])
-        if len(wanted) and int(wanted[-1]) > self.max_pfn:
-            index = int(np.argmax(present & (pfns == wanted[-1])))
-            raise GuestError(
-                f"entry {index} of an L{level} page table, {int(entries[index]):#x}, refers to PFN "
-                f"{int(wanted[-1]):#x}; the guest's last is {self.max_pfn:#x}"
-            )
-        self.populate(wanted[~self.populated_pfns.test(wanted)])
-        entries[:] = with_frames(entries, self.frames.mfns(np.where(present, pfns, 0)))
+        wanted = referenced_pfns(entries, level, self.max_pfn)
+        self.populate(wanted[~self.populated(wanted)])
+        pfns = np.where(entries & PRESENT != 0, entry_frames(entries), 0)
+        entries[:] = with_frames(entries, self.frames.mfns(pfns))
 
     def apply(self, record: Record) -> None:
         """Take over one record; it replaces an earlier one of its kind (and vCPU), parameters one by one."""
-        phase = TABLE[type(record)].phase
-        if phase is Phase.STATIC:
-            self._static = [r for r in self._static if type(r) is not type(record)] + [record]
-        elif phase is Phase.MEMORY:
-            self._layout.append(record)
-        else:
-            key = type(record), record.vcpu_id if isinstance(record, VcpuRecord) else 0
-            earlier = self._state.get(key)
-            if isinstance(earlier, HvmParams) and isinstance(record, HvmParams):
-                values = {p.index: p.value for p in [*earlier.params, *record.params]}
-                entries = [HvmParamEntry(index=index, value=value) for index, value in values.items()]
-                record = HvmParams(params=array_of(HvmParamEntry, entries))
-            self._state[key] = record
+        self._book.apply(record)
 
     def complete(self) -> RestoredRings:
         """Finish; from here on the machine's own writes are logged, which COLO asks for."""
         if not self.log.enabled:
             self.log.enable()
-        if self._guest_type is GuestType.PV:
-            pfn = self._start_info_pfn()
-            if pfn is None or pfn > self.max_pfn:
-                return RestoredRings(None, None)
-            page = self.memory.page(pfn)
-            return RestoredRings(PV.start_info.store_mfn.get(page), PV.start_info.console_mfn.get(page))
-        params: dict[int, int] = {}
-        for record in self.state():
-            if isinstance(record, HvmParams):
-                params = {p.index: p.value for p in record.params}
-        return RestoredRings(params.get(HvmParam.STORE_PFN), params.get(HvmParam.CONSOLE_PFN))
+        self.state()
+        return self._book.rings(lambda pfn: self.memory.page(pfn) if pfn < self.n_pages else None)
+
+    @property
+    def guest_width(self) -> int:
+        """Octets of a word of a PV guest: 8, or 4 where X86_PV_INFO said so."""
+        return self._book.pv_layout.guest_width

@@ -13,9 +13,19 @@ import random
 import numpy as np
 import numpy.typing as npt
 
+from migstream.errors import GuestError
 from migstream.records.page_types import PageType
 
-__all__ = ["ENTRIES", "INVALID", "PRESENT", "TABLE_LEVEL", "FrameMap", "entry_frames", "with_frames"]
+__all__ = [
+    "ENTRIES",
+    "INVALID",
+    "PRESENT",
+    "TABLE_LEVEL",
+    "FrameMap",
+    "entry_frames",
+    "referenced_pfns",
+    "with_frames",
+]
 
 ENTRIES = 512  # entries of a page table
 PRESENT = np.uint64(1)  # bit 0 of an entry
@@ -23,8 +33,11 @@ FRAME_SHIFT = np.uint64(12)  # bits 12-51 of an entry are its frame
 FRAME_MASK = np.uint64(((1 << 40) - 1) << 12)
 INVALID = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # no frame, no PFN
 
-#: Slots of an L4 table that map Xen itself (0xffff8000...-0xffff87ff...): never part of a stream.
-XEN_L4_SLOTS = slice(256, 272)
+#: guest_width -> (level, slots): the entries that map Xen itself, which are never part of a stream.
+XEN_SLOTS = {
+    8: (4, slice(256, 272)),  # 0xffff8000_00000000 to 0xffff87ff_ffffffff
+    4: (3, slice(4, 512)),  # a 32-bit guest has four L3 entries of its own
+}
 
 #: Page type -> level of the page table, 0 for all other pages: uint8[16].
 TABLE_LEVEL: npt.NDArray[np.uint8] = np.zeros(16, np.uint8)
@@ -42,6 +55,23 @@ def with_frames(entries: npt.NDArray[np.uint64], frames: npt.NDArray[np.uint64])
     """Return ``entries`` with the frames of those that are present replaced by ``frames``."""
     replaced = (entries & ~FRAME_MASK) | (frames << FRAME_SHIFT)
     return np.where(entries & PRESENT != 0, replaced, entries)
+
+
+def referenced_pfns(entries: npt.NDArray[np.uint64], level: int, max_pfn: int) -> npt.NDArray[np.uint64]:
+    """Return the PFNs that a normalised page table refers to, uint64[n], ascending, each once.
+
+    ``entries`` is uint64[512]. Raises `GuestError` where one is past ``max_pfn``.
+    """
+    pfns = entry_frames(entries)
+    present = entries & PRESENT != 0
+    wanted = np.unique(pfns[present])
+    if len(wanted) and int(wanted[-1]) > max_pfn:
+        index = int(np.argmax(present & (pfns == wanted[-1])))
+        raise GuestError(
+            f"entry {index} of an L{level} page table, {int(entries[index]):#x}, refers to PFN "
+            f"{int(wanted[-1]):#x}; the guest's last is {max_pfn:#x}"
+        )
+    return wanted
 
 
 class FrameMap:
@@ -102,14 +132,15 @@ class FrameMap:
         self._moved[pfn] = slot
 
     def normalise(
-        self, tables: npt.NDArray[np.uint64], levels: npt.NDArray[np.uint8]
+        self, tables: npt.NDArray[np.uint64], levels: npt.NDArray[np.uint8], guest_width: int = 8
     ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
         """Return copies of page tables with PFNs for MFNs, and which tables have an entry that is not ours.
 
         ``tables`` is uint64[n, 512], ``levels`` uint8[n]; the results are uint64[n, 512] and bool[n].
         """
         entries = tables.copy()
-        entries[levels == 4, XEN_L4_SLOTS] = 0
+        level, slots = XEN_SLOTS[guest_width]
+        entries[levels == level, slots] = 0
         pfns = self.pfns(entry_frames(entries))
         foreign = ((entries & PRESENT != 0) & (pfns == INVALID)).any(axis=1)
         return with_frames(entries, pfns), foreign

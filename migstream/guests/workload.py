@@ -59,7 +59,7 @@ class Workload:
         return pfns[~np.isin(pfns, guest.fixed)]
 
     def step(self, n_pages: int) -> None:
-        """Write to ``n_pages`` pages, chosen with repetition. Raises `GuestError` if the guest is suspended."""
+        """Write to ``n_pages`` pages, chosen with repetition. Raises `GuestError` if it is suspended."""
         guest, rng = self.guest, self._rng
         with guest.lock:
             guest.finish_changes()

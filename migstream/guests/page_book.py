@@ -1,0 +1,74 @@
+"""What is known of each page of a guest: its type, and whether it has memory."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+
+import numpy as np
+import numpy.typing as npt
+
+from migstream.bitmap import PfnBitmap
+from migstream.errors import GuestError
+from migstream.records.page_types import PageType
+
+__all__ = ["PageBook"]
+
+XTAB = np.uint8(PageType.XTAB)
+
+
+class PageBook:
+    """``n_pages`` PFNs, none of which has memory or a type yet; at most ``page_limit`` may get memory.
+
+    These are the methods of `RestoreTarget` that are about single pages. Arrays of PFNs are uint64[n], of
+    types uint8[n]. Each raises `GuestError` for a PFN past the last.
+    """
+
+    def __init__(self, n_pages: int, page_limit: int | None = None) -> None:
+        self.n_pages = n_pages
+        self.page_limit = n_pages if page_limit is None else page_limit
+        self.n_populated = 0
+        self._populated = PfnBitmap(n_pages)
+        # A page's type ^ XTAB: so a page that nobody spoke of is XTAB, and its octet is never touched.
+        self._types = np.frombuffer(mmap.mmap(-1, n_pages), np.uint8)
+        self._accounts = threading.Lock()
+
+    @property
+    def max_pfn(self) -> int:
+        """The highest PFN that there is room for."""
+        return self.n_pages - 1
+
+    def page_types(self, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
+        """Return the types of ``pfns`` as they were set last; XTAB where none was."""
+        types: npt.NDArray[np.uint8] = self._types[self._bounded(pfns)] ^ XTAB
+        return types
+
+    def set_page_types(self, pfns: npt.NDArray[np.uint64], types: npt.NDArray[np.uint8] | int) -> None:
+        """Set the types of ``pfns``, populated or not."""
+        self._types[self._bounded(pfns)] = np.asarray(types, np.uint8) ^ XTAB
+
+    def populate(self, pfns: npt.NDArray[np.uint64]) -> None:
+        """Give memory to ``pfns``. Raises `GuestError` past the limit."""
+        self._bounded(pfns)
+        with self._accounts:
+            if self.n_populated + len(pfns) > self.page_limit:
+                raise GuestError(
+                    f"no memory is left: {self.n_populated} of {self.page_limit} pages are in use, and "
+                    f"{len(pfns)} more are wanted; allow the guest more memory"
+                )
+            self.n_populated += self._populated.add(pfns)
+
+    def depopulate(self, pfns: npt.NDArray[np.uint64]) -> None:
+        """Take memory from ``pfns``, each named once."""
+        with self._accounts:
+            self.n_populated -= int(self._populated.test(self._bounded(pfns)).sum())
+            self._populated.discard(pfns)
+
+    def populated(self, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Return which of ``pfns`` have memory, bool[n]."""
+        return self._populated.test(self._bounded(pfns))
+
+    def _bounded(self, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        if len(pfns) and int(pfns.max()) >= self.n_pages:
+            raise GuestError(f"PFN {int(pfns.max()):#x} is past the guest's last, {self.n_pages - 1:#x}")
+        return pfns
