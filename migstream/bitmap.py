@@ -113,7 +113,9 @@ class PfnBitmap:
         """Add ``pfns``, uint64[n] in any order; return how many were new. Raises `IndexError`."""
         import numpy as np
 
-        fresh = np.unique(pfns[~self.test(pfns)]).astype(np.int64)
+        fresh = pfns[~self.test(pfns)].astype(np.int64)
+        if not (fresh[1:] > fresh[:-1]).all():  # what is ascending, as most batches are, holds none twice
+            fresh = np.unique(fresh)
         np.bitwise_or.at(self.octets, fresh >> 3, np.left_shift(1, fresh & 7).astype(np.uint8))
         return len(fresh)
 

@@ -40,7 +40,7 @@ from migstream.engine import CheckpointAction, Missing, StreamType
 from migstream.errors import DeadlineError, FormatError, GuestError, StreamError
 from migstream.guests.protocols import PAGE_SIZE, RestoredRings, RestoreTarget
 from migstream.io import reader
-from migstream.io.reader import Frame, Stream
+from migstream.io.reader import Frame, Layer, Stream
 from migstream.layout import Layout
 from migstream.progress import PassKind, Progress
 from migstream.records import Record, libxc, libxl
@@ -233,28 +233,35 @@ class _Restore:
 
     def _receive(self) -> None:
         checkpoint: Frame | None = None  # met, but libxl's share of it is not complete
+        bare = True
         for frame in self._frames():
-            if frame.layer.name != "libxc":
+            kind = frame.record_class
+            if frame.layer.name == "libxl":
+                bare = False
                 with self._channel():
                     self.libxl.take(frame)
                     frame.finish()
-                if frame.record_class is libxl.CheckpointEnd and checkpoint is not None:
+                if kind is libxl.CheckpointEnd and checkpoint is not None:
                     self._checkpoint(checkpoint)
                     checkpoint = None
-                continue
-            applier = self._applier_for(frame)
-            if frame.code == libxc.Checkpoint.code:
-                check_place(frame, libxc.Checkpoint, applier.layout)
+                if kind is libxl.LibxlEnd:
+                    break
+            elif self._applier is None or self._ended:
+                raise refusal(frame, "a record outside of the libxc image")
+            elif kind is libxc.Checkpoint:
+                check_place(frame, libxc.Checkpoint, self._applier.layout)
                 with self._channel():
                     frame.finish()
-                if self.stream.layer("libxl") is None:
+                if bare:
                     self._checkpoint(frame)
                 else:
                     checkpoint = frame
-            elif frame.code == libxc.End.code:
+            elif kind is libxc.End:
                 with self._channel():
                     frame.finish()
                 self._end(frame)
+                if bare:
+                    break
             elif self._spill is not None:
                 with self._channel():
                     self._spill.add(frame)
@@ -269,15 +276,19 @@ class _Restore:
     # Reading
 
     def _frames(self) -> Iterator[Frame]:
-        frames = iter(self.stream)
+        """Yield every record, its header checked; a libxc image's own headers are taken on the way."""
+        items = self.stream.items()
         while True:
             with self._channel():
-                frame = next(frames, None)
-                if frame is not None:
-                    check_record_limit(frame)
-            if frame is None:
+                item = next(items, None)
+                if isinstance(item, Frame):
+                    check_record_limit(item)
+            if item is None:
                 return
-            yield frame
+            if isinstance(item, Frame):
+                yield item
+            elif isinstance(item, Layer) and item.name == "libxc":
+                self._begin_image(item)
 
     @contextmanager
     def _channel(self) -> Iterator[None]:
@@ -293,17 +304,14 @@ class _Restore:
                 ) from exc
             raise
 
-    def _applier_for(self, frame: Frame) -> RecordApplier:
-        """Return what applies this image's records; made, and the headers checked, at the first of them."""
-        if self._applier is None:
-            image, _ = check_headers(frame.layer, self.target.guest_type)
-            layout = Layout(self.target.guest_type, image.version, self.stream_type.checkpointed)
-            self._applier = RecordApplier(
-                self.target, layout, self.callbacks.static_data_done, reset_rings=self.reset_rings
-            )
-        elif self._ended:
-            raise refusal(frame, "a second libxc image: a stream has one")
-        return self._applier
+    def _begin_image(self, layer: Layer) -> None:
+        if self._applier is not None:
+            raise FormatError("a second libxc image: a stream has one", offset=layer.offset, layer=layer.name)
+        image, _ = check_headers(layer, self.target.guest_type)
+        layout = Layout(self.target.guest_type, image.version, self.stream_type.checkpointed)
+        self._applier = RecordApplier(
+            self.target, layout, self.callbacks.static_data_done, reset_rings=self.reset_rings
+        )
 
     # Applying
 

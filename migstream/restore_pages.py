@@ -66,7 +66,7 @@ class PageReceiver:
         if not record.count:
             raise refusal(frame, "expected at least one PFN, found a count of 0", field="count")
         pieces = [
-            Entries(record.entries[start : start + ENTRIES_AT_ONCE])
+            Entries(record.entries[start : start + ENTRIES_AT_ONCE].raw, record.entries.order)
             for start in range(0, record.count, ENTRIES_AT_ONCE)
         ]
         self._check(frame, record, pieces)

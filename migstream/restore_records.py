@@ -73,6 +73,7 @@ class RecordApplier:
             return
         try:
             if self.layout.infers_static_data_end(kind):
+                self.layout.inferred = True
                 self.end_static_data()
             self.warnings += check_place(frame, kind, self.layout)
             check_length(frame, kind)
