@@ -93,6 +93,8 @@ class ModelGuest(Machine):
         Without ``holes`` every page is populated; without ``content`` ordinary pages are zero and cost no
         memory until they are written.
         """
+        if not 1 <= vcpus <= VCPU_LIMIT:
+            raise GuestError(f"a model has 1 to {VCPU_LIMIT} processors, not {vcpus}")
         guest = cls(n_pages, guest_type, seed=seed, memory_limit=None)
         rng = np.random.default_rng(seed)
         types = np.zeros(n_pages, np.uint8)

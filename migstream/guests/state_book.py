@@ -69,9 +69,9 @@ class StateBook:
     def start_info_pfn(self) -> int | None:
         """PFN of a suspended PV guest's start info page, which its vCPU 0 holds, if there is one."""
         basic = self._by_phase[Phase.STATE].get((X86PvVcpuBasic, 0))
-        return (
-            self.pv_layout.vcpu_context.edx.get(basic.context) if isinstance(basic, X86PvVcpuBasic) else None
-        )
+        if not isinstance(basic, X86PvVcpuBasic):
+            return None
+        return self.pv_layout.vcpu_context.edx.get(basic.context)
 
     def rings(self, page: Callable[[int], memoryview | None]) -> RestoredRings:
         """Return the PFNs of the rings: from HVM parameters, or from a PV guest's start info page.
