@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from migstream.records import ByteOrder, PageData, array_of
-from migstream.records.page_data import Entries, PfnRun
-from migstream.records.schema import Array
+from migstream.records.page_data import Entries, PfnRun, RunTemplates
 
 PFN = (1 << 52) - 1
 RESERVED = 0xFF << 52
@@ -52,6 +51,37 @@ anything = st.one_of(nearly_runs, st.lists(st.integers(0, 2**64 - 1), max_size=1
 @given(values=anything)
 def test_a_run_is_recognised_exactly_when_the_entries_are_one(values: list[int]) -> None:
     assert entries_of(values).run == run_of(values)
+
+
+#: Firsts around the borders where a carry changes the upper octets.
+borders = st.builds(
+    lambda border, away: max(0, min(PFN, border + away)),
+    st.sampled_from([0, 1 << 8, 1 << 16, 1 << 24, 1 << 32, 1 << 48, PFN]),
+    st.integers(-3000, 3000),
+)
+
+
+@settings(max_examples=100)
+@given(
+    script=st.lists(
+        st.tuples(borders, st.sampled_from([1, 2, 3, 7, 255, 256, 257, 1024, 1500]), st.integers(0, 15)),
+        max_size=12,
+    )
+)
+def test_templates_moved_from_run_to_run_recognise_each(script: list[tuple[int, int, int]]) -> None:
+    templates = RunTemplates()
+    for first, count, page_type in script:
+        values = [page_type << 60 | (first + i) & PFN for i in range(count)]
+        raw = b"".join(v.to_bytes(8, "little") for v in values)
+        assert Entries(raw, templates=templates).run == run_of(values)
+        damaged = raw[:-1] + bytes([raw[-1] ^ 0x10])
+        assert Entries(damaged, templates=templates).run == run_of([*values[:-1], values[-1] ^ 1 << 60])
+
+
+def test_a_run_across_two_borders_of_65536() -> None:
+    values = range(0xFFF0, 0xFFF0 + 70_000)
+    raw = b"".join(v.to_bytes(8, "little") for v in values)
+    assert Entries(raw, templates=RunTemplates()).run == PfnRun(0xFFF0, 70_000, 0)
 
 
 @settings(max_examples=200)
