@@ -44,12 +44,13 @@ from migstream.io.reader import Frame, Layer, Stream
 from migstream.layout import Layout
 from migstream.progress import PassKind, Progress
 from migstream.records import Record, libxc, libxl
+from migstream.records.libxc import GuestType
 from migstream.restore_checks import check_headers, check_place, check_record_limit, refusal
 from migstream.restore_records import RecordApplier
 from migstream.restore_report import LibxlRecords, Passes
 from migstream.restore_spill import CheckpointSpill, SpillError
 
-__all__ = ["Outcome", "RestoreCallbacks", "RestoreResult", "SpillError", "restore"]
+__all__ = ["Outcome", "RestoreCallbacks", "RestoreResult", "SpillError", "read_guest_type", "restore"]
 
 MISMATCHES_LISTED = 1 << 16  # differing PFNs that a result lists; all are counted
 SPILL_SLACK = 256 << 20  # octets that a checkpoint's records may take beyond one copy of every page
@@ -122,11 +123,12 @@ def restore(
     spill_directory: str | None = None,
     libxl_record: Callable[[Frame], None] | None = None,
     progress: Progress | None = None,
+    result: RestoreResult | None = None,
 ) -> RestoreResult:
     """Make ``target`` from the stream on the descriptor ``fd``, and return what was done.
 
     The descriptor stays the caller's, and behind a stream's last record nothing is read from it. An open
-    `Stream` may be given instead, and is not closed.
+    `Stream` may be given instead, of which nothing but headers was read; it is not closed.
 
     ``send_back_fd`` is COLO's back channel. ``timeout_s`` bounds each wait for the sender.
     ``verify_fails`` makes pages that differ in verify mode an error. ``reset_rings`` empties the rings and
@@ -134,6 +136,7 @@ def restore(
     without it memory is what the stream says. The records of a checkpoint wait in a file without a name in
     ``spill_directory``, at most ``spill_limit`` octets (default: the target's memory and 256 MiB).
     ``libxl_record`` is given each record of a libxl stream around the image, to read as it likes.
+    ``result`` is filled in instead of a new one; after an error it says how far the restore came.
 
     Raises `StreamError` with the place for whatever is wrong in the stream or refused by the target,
     `DeadlineError`, `SpillError`, `OSError` of a descriptor, and `ValueError` for arguments that do not
@@ -157,12 +160,29 @@ def restore(
         make_spill=lambda: CheckpointSpill(spill_limit, spill_directory),
         libxl_record=libxl_record,
         passes=Passes(progress or Progress()),
+        result=result or RestoreResult(),
     )
     try:
         return engine.run()
     finally:
         if stream is not fd:
             stream.close()
+
+
+def read_guest_type(stream: Stream) -> GuestType:
+    """Read on to the headers of the libxc image, and return whose it is. `restore` goes on from there.
+
+    Raises `StreamError` for a stream without one, or of a type that does not exist.
+    """
+    for item in stream.items():
+        domain = item.header(libxc.DomainHeader) if isinstance(item, Layer) else None
+        if domain is None:
+            continue
+        if domain.type not in set(GuestType):
+            message = f"expected the guest type 1 (PV) or 2 (HVM), found {domain.type}"
+            raise FormatError(message, offset=stream.position - 16, layer="libxc", field="type")
+        return GuestType(domain.type)
+    raise FormatError("the stream ends without a libxc image", offset=stream.position)
 
 
 def _check_arguments(stream_type: StreamType, callbacks: RestoreCallbacks, send_back_fd: int | None) -> None:
@@ -197,6 +217,7 @@ class _Restore:
         make_spill: Callable[[], CheckpointSpill],
         libxl_record: Callable[[Frame], None] | None,
         passes: Passes,
+        result: RestoreResult,
     ) -> None:
         self.target = target
         self.stream = stream
@@ -209,7 +230,7 @@ class _Restore:
         self.make_spill = make_spill
         self.passes = passes
         self.libxl = LibxlRecords(libxl_record)
-        self.result = RestoreResult()
+        self.result = result
         self._applier: RecordApplier | None = None
         self._spill: CheckpointSpill | None = None  # there from the first checkpoint on
         self._ended = False
@@ -223,21 +244,19 @@ class _Restore:
                 self.result.result = Outcome.FAILED_OVER
                 self.result.failover_reason = str(reason)
                 self._complete_last()
+            self.passes.close()
         finally:
             if self._spill is not None:
                 self._spill.close()
-        self.passes.close()
-        self._report()
-        self.result.seconds = time.monotonic() - started
+            self._report()
+            self.result.seconds = time.monotonic() - started
         return self.result
 
     def _receive(self) -> None:
         checkpoint: Frame | None = None  # met, but libxl's share of it is not complete
-        bare = True
         for frame in self._frames():
             kind = frame.record_class
             if frame.layer.name == "libxl":
-                bare = False
                 with self._channel():
                     self.libxl.take(frame)
                     frame.finish()
@@ -252,7 +271,7 @@ class _Restore:
                 check_place(frame, libxc.Checkpoint, self._applier.layout)
                 with self._channel():
                     frame.finish()
-                if bare:
+                if self._bare:
                     self._checkpoint(frame)
                 else:
                     checkpoint = frame
@@ -260,7 +279,7 @@ class _Restore:
                 with self._channel():
                     frame.finish()
                 self._end(frame)
-                if bare:
+                if self._bare:
                     break
             elif self._spill is not None:
                 with self._channel():
@@ -275,8 +294,15 @@ class _Restore:
 
     # Reading
 
+    @property
+    def _bare(self) -> bool:
+        """Whether no libxl stream is around the image."""
+        return self.stream.layer("libxl") is None
+
     def _frames(self) -> Iterator[Frame]:
         """Yield every record, its header checked; a libxc image's own headers are taken on the way."""
+        if (layer := self.stream.layer("libxc")) is not None:  # who gave the stream has looked at them
+            self._begin_image(layer)
         items = self.stream.items()
         while True:
             with self._channel():
@@ -421,8 +447,10 @@ class _Restore:
             )
 
     def _report(self) -> None:
-        assert self._applier is not None
+        """Fill in the result; of a restore that failed, as far as it came."""
         applier, result = self._applier, self.result
+        if applier is None:
+            return
         result.missing = applier.missing
         result.pages = applier.memory.pages
         result.warnings = applier.warnings + result.warnings

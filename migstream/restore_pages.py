@@ -25,6 +25,7 @@ Pfns = npt.NDArray[np.uint64]
 Types = npt.NDArray[np.uint8]
 
 ENTRIES_AT_ONCE = 8192  # entries judged and applied at a time: bounds the arrays, however long the record
+PAGES_A_MIB = (1 << 20) // PAGE_SIZE
 PAGES_COMPARED = 256  # pages read beside the guest at a time in verify mode: 1 MiB
 FRAME_MASK = np.uint64(0x000F_FFFF_FFFF_F000)  # bits 12-51 of a page-table entry: its frame
 PRESENT = np.uint64(1)
@@ -115,7 +116,8 @@ class PageReceiver:
         if beyond.any():
             i = int(beyond.argmax())
             message = f"PFN {int(pfns[i]):#x} is above the target's highest, {self.target.max_pfn:#x}"
-            raise _entry_refusal(frame, first + i, message, hint="restore into a larger guest")
+            hint = f"restore into a guest of at least {-(-(int(pfns[i]) + 1) // PAGES_A_MIB)} MiB"
+            raise _entry_refusal(frame, first + i, message, hint=hint)
 
     # Applying
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,12 +21,16 @@ from migstream.bitmap import PfnBitmap
 from migstream.channel import read_dirty_pfn_list
 from migstream.engine import CheckpointAction, StreamType
 from migstream.errors import StreamError
+from migstream.guests.compare import differing_pfns, differing_records
 from migstream.guests.model import ModelGuest
 from migstream.guests.protocols import RestoredRings
+from migstream.guests.workload import Workload
 from migstream.io import reader
+from migstream.policies import Decision, PrecopyStats
 from migstream.records import OPTIONAL, Record, libxc
 from migstream.records.libxc import GuestType
 from migstream.restore import Outcome, RestoreCallbacks, RestoreResult, SpillError, restore
+from migstream.save import SaveCallbacks, save
 
 from . import build
 from .streams import (
@@ -148,10 +153,15 @@ def test_an_end_record_drops_what_waits() -> None:
     assert target.completed == 1
 
 
-@pytest.mark.parametrize("kind", ["plain", "verify"])
-def test_a_plain_stream_cut_anywhere_fails_and_completes_nothing(kind: str) -> None:
-    again = (VERIFY, pages(0, [1, 2, 3])) if kind == "verify" else (pages(1, [7]),)
-    octets = hvm(pages(0, [1, 2]), pages(2, [3]), *again)
+@pytest.mark.parametrize(
+    "later",
+    [(), (pages(1, [7]), pages(0, [8, 9])), (VERIFY, pages(0, [1, 2, 3]))],
+    ids=["plain", "live", "debug"],
+)
+def test_a_stream_without_checkpoints_cut_anywhere_fails_and_completes_nothing(
+    later: tuple[Record | bytes, ...],
+) -> None:
+    octets = hvm(pages(0, [1, 2]), pages(2, [3]), *later)
     for cut in cuts(octets):
         target = Completed.empty(N_PAGES, GuestType.HVM)
         with pytest.raises(StreamError) as caught, reader.open_memory(octets[:cut]) as source:
@@ -405,3 +415,71 @@ def test_state_that_waited_is_the_state_of_the_checkpoint() -> None:
     assert tsc.incarnation == 9
     assert memory(target) == up_to(1)
     assert bytes(target.memory.pages[9]) == page(3)
+
+
+# Against the save engine
+
+
+def saved(
+    source: ModelGuest, step: Callable[[], None], rounds: int, kind: StreamType, batch_size: int
+) -> tuple[bytes, list[tuple[int, ModelGuest]]]:
+    """Save a busy machine; return the stream, and where in it which copy of the machine is complete."""
+    kept: list[tuple[int, ModelGuest]] = []
+    with tempfile.TemporaryFile() as file:
+        fd = file.fileno()
+
+        def policy(stats: PrecopyStats) -> Decision:
+            step()
+            return Decision.CONTINUE_PRECOPY if stats.iteration < 2 else Decision.STOP_AND_COPY
+
+        def postcopy() -> int:
+            kept.append((os.fstat(fd).st_size, copy_of(source)))
+            source.resume()
+            step()
+            return 1
+
+        callbacks = SaveCallbacks(
+            precopy_policy=policy, postcopy=postcopy, checkpoint=lambda: int(len(kept) < rounds)
+        )
+        save(source, fd, live=True, stream_type=kind, callbacks=callbacks, batch_size=batch_size)
+        file.seek(0)
+        octets = file.read()
+    return octets, kept or [(len(octets), source)]
+
+
+def copy_of(source: ModelGuest) -> ModelGuest:
+    """Return the suspended machine as it is now, by way of a plain stream."""
+    copy = ModelGuest.empty(source.n_pages, source.guest_type, seed=99)
+    with tempfile.TemporaryFile() as file:
+        save(source, file.fileno())
+        file.seek(0)
+        restore(copy, file.fileno())
+    return copy
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    guest_type=st.sampled_from(GuestType),
+    kind=st.sampled_from([StreamType.PLAIN, REMUS]),
+    seed=st.integers(0, 1 << 30),
+    batch_size=st.sampled_from([1, 7, 1024]),
+    where=st.floats(0, 1),
+)
+def test_what_the_save_engine_wrote_up_to_any_place_is_the_machine_at_its_last_complete_state(
+    guest_type: GuestType, kind: StreamType, seed: int, batch_size: int, where: float
+) -> None:
+    source = ModelGuest.booted(200, guest_type, seed=seed)
+    work = Workload(source, seed=seed, working_set=100, turmoil=0.5)
+    octets, kept = saved(source, lambda: work.step(20), 3, kind, batch_size)
+    for cut in (len(octets), int(where * len(octets))):
+        there = [machine for end, machine in kept if end <= cut]
+        target = ModelGuest.empty(200, guest_type, seed=seed + 1)
+        run_it = partial(restore, target, stream_type=kind, callbacks=RestoreCallbacks(checkpoint=lambda: 1))
+        with reader.open_memory(octets[:cut]) as stream_:
+            if there:
+                run_it(stream_)
+                assert not differing_pfns(there[-1], target).tolist()
+                assert differing_records(there[-1], target) == []
+            else:
+                with pytest.raises(StreamError):
+                    run_it(stream_)
