@@ -20,7 +20,8 @@ in the guest's own log.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
 from migstream.bitmap import PfnBitmap
@@ -33,7 +34,16 @@ from migstream.policies import Decision, PrecopyPolicy, PrecopyStats, xen_defaul
 from migstream.progress import PassKind, Progress
 from migstream.records import libxc
 
-__all__ = ["BATCH_SIZE", "MAX_BATCH_SIZE", "ChannelError", "SaveCallbacks", "SaveError", "SaveResult", "save"]
+__all__ = [
+    "BATCH_SIZE",
+    "MAX_BATCH_SIZE",
+    "ChannelError",
+    "SaveCallbacks",
+    "SaveError",
+    "SaveResult",
+    "owning",
+    "save",
+]
 
 BATCH_SIZE = 1024  # PFNs in a PAGE_DATA record: MAX_BATCH_SIZE of xg_sr_common.h
 MAX_BATCH_SIZE = 32_704  # PFNs whose entries and pages together stay below the longest record, 128 MiB
@@ -142,6 +152,18 @@ def save(
             receive_dirty=receive_dirty,
         )
         return engine.run(live=live or stream_type.checkpointed, debug=debug, xen_version=xen_version)
+
+
+@contextmanager
+def owning(source: SaveSource) -> Iterator[None]:
+    """Resume ``source``, if it ran before, when the block fails: for what must succeed beyond `save`."""
+    ran_before = not source.suspended
+    try:
+        yield
+    except BaseException:
+        if ran_before and source.suspended:
+            source.resume()
+        raise
 
 
 def _check_arguments(

@@ -1,0 +1,161 @@
+"""``migstream save``: a guest into a stream."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import click
+
+from migstream.cli.common import reporting_errors
+from migstream.cli.save_options import guest_and_policy_help, guest_type_option, save_callbacks, save_options
+from migstream.engine import StreamType
+from migstream.errors import MigstreamError, StreamError
+from migstream.io.outputs import new_file
+from migstream.policies import PrecopyPolicy
+from migstream.progress import show
+from migstream.text import printable
+
+if TYPE_CHECKING:
+    from migstream.save import SaveResult
+
+STDOUT = 1
+
+
+@click.command(
+    epilog=f"""{guest_and_policy_help()}
+
+\b
+Examples:
+  migstream save model:64M guest.img
+  migstream save model:1G - --live --policy max-downtime=300ms,converge | migstream restore - model:1G
+  migstream save raw:memory.bin guest.img
+  migstream save model:64M fd:7 --type remus --checkpoints 10 7>&1 | migstream inspect -
+"""
+)
+@click.argument("guest", metavar="GUEST")
+@click.argument("out", metavar="OUT")
+@click.option("--live", is_flag=True, help="Send memory while the guest runs; remus and colo always do.")
+@save_options
+@guest_type_option
+@click.option("--back-channel", type=click.IntRange(min=0), metavar="FD", help="COLO's back channel.")
+@click.option(
+    "--xen-back-channel",
+    is_flag=True,
+    help="The secondary is Xen's own restore, whose dirty lists have 8 octets more than specified.",
+)
+def command(
+    guest: str,
+    out: str,
+    live: bool,
+    stream_type: StreamType,
+    policy: PrecopyPolicy | None,
+    checkpoints: int | None,
+    interval_ms: int,
+    bandwidth_limit: float | None,
+    batch_size: int,
+    timeout_s: float | None,
+    debug: bool,
+    as_json: bool,
+    guest_type: str,
+    back_channel: int | None,
+    xen_back_channel: bool,
+) -> None:
+    """Save GUEST as a libxc stream to OUT: a file, '-' for standard output, or fd:N.
+
+    A file appears when the stream is complete; after an error or Ctrl-C there is none, and the guest runs
+    on. Passes and the result go to standard output with --json, or to standard error where the stream
+    takes the former.
+
+    Exit code: 0 saved, 1 not, 2 wrong usage.
+    """
+    if stream_type is StreamType.COLO and back_channel is None:
+        raise click.UsageError(
+            "--type colo needs --back-channel FD, where the secondary's dirty lists come in"
+        )
+    if stream_type.checkpointed and checkpoints is None and _is_file(out):
+        raise click.UsageError(f"--type {stream_type.value} into a file needs --checkpoints N")
+    tells = sys.stderr if out == "-" or not as_json else sys.stdout
+    with reporting_errors(guest), telling_failure(tells if as_json else None):
+        from migstream.guests.registry import open_source
+        from migstream.records.libxc import GuestType
+        from migstream.save import owning, save
+
+        with (
+            open_source(guest, GuestType[guest_type.upper()]) as source,
+            owning(source),
+            _output(out) as fd,
+            show(tells, as_json=as_json) as progress,
+        ):
+            result = save(
+                source,
+                fd,
+                live=live,
+                stream_type=stream_type,
+                callbacks=save_callbacks(stream_type, policy, checkpoints, interval_ms),
+                recv_fd=back_channel,
+                xen_back_channel=xen_back_channel,
+                debug=debug,
+                batch_size=batch_size,
+                bandwidth_limit=bandwidth_limit,
+                timeout_s=timeout_s,
+                progress=progress,
+            )
+        if as_json:
+            end = {"event": "result", "result": "saved", **result.to_json(), "error": None}
+            print(json.dumps(end), file=tells, flush=True)
+        else:
+            tell(result)
+
+
+def tell(result: SaveResult) -> None:
+    """Print what a save did, to standard error."""
+    rounds = f", {result.iterations} rounds of precopy" if result.iterations else ""
+    checkpoints = f", {result.checkpoints} checkpoints" if result.checkpoints else ""
+    click.echo(
+        f"saved {result.pages} pages, {result.octets / 1e6:,.1f} MB in {result.seconds:.2f} s"
+        f"{rounds}{checkpoints}; the guest stood still for {1000 * result.downtime_s:,.0f} ms",
+        err=True,
+    )
+    for warning in result.warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+def _is_file(out: str) -> bool:
+    return out != "-" and not out.startswith("fd:") and (not Path(out).exists() or Path(out).is_file())
+
+
+@contextlib.contextmanager
+def _output(out: str) -> Iterator[int]:
+    if out == "-" and sys.stdout.isatty():
+        raise click.UsageError(
+            "standard output is a terminal; give a file, or pipe the stream into something"
+        )
+    if out == "-":
+        yield STDOUT
+    elif out.startswith("fd:"):
+        if not out[3:].isdigit():
+            raise click.UsageError(
+                f"{printable(out)}: expected fd:N with a descriptor's number, such as fd:3"
+            )
+        yield int(out[3:])
+    else:
+        with new_file(out) as fd:
+            yield fd
+
+
+@contextlib.contextmanager
+def telling_failure(out: TextIO | None) -> Iterator[None]:
+    """Write the last line of JSON when there is no result."""
+    try:
+        yield
+    except (OSError, MigstreamError) as exc:
+        if out is not None:
+            located = exc if isinstance(exc, StreamError) else StreamError(str(exc))
+            end = {"event": "result", "result": "failed", "error": located.to_json()}
+            print(json.dumps(end), file=out, flush=True)
+        raise

@@ -1,0 +1,155 @@
+"""Options of the commands that save: ``save`` and ``migrate``."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from migstream.engine import StreamType
+from migstream.guests.registry import describe
+from migstream.policies import POLICIES, PrecopyPolicy, parse_policies
+
+if TYPE_CHECKING:
+    from migstream.save import SaveCallbacks
+
+__all__ = ["guest_and_policy_help", "guest_type_option", "save_callbacks", "save_options"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_INTERVAL_MS = 200  # between checkpoints, as xl remus has it
+
+
+def _bandwidth(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """Octets a second, with a suffix K, M or G (powers of 1024)."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)", value, re.ASCII)
+    if match is None or not float(match[1]):
+        raise click.BadParameter(f"expected octets a second such as 100M, found {value!r}")
+    return float(match[1]) * 1024.0 ** " KMG".index(match[2] or " ")
+
+
+def _policy(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> PrecopyPolicy | None:
+    if not value:
+        return None
+    try:
+        return parse_policies(value)
+    except ValueError as exc:
+        raise click.BadParameter(str(exc)) from None
+
+
+def _stream_type(ctx: click.Context, param: click.Parameter, value: str) -> StreamType:
+    return StreamType(value)
+
+
+def guest_and_policy_help() -> str:
+    """Return the kinds of guest and the policies as paragraphs of help."""
+    lines = [
+        f"  {name + ('=' + policy.value if policy.value else ''):22} {policy.help}"
+        for name, policy in POLICIES.items()
+    ]
+    return (
+        f"\b\nGuests:\n{describe()}\n\n"
+        "\b\nPolicies (of several, the first that decides counts):\n" + "\n".join(lines)
+    )
+
+
+_OPTIONS = (
+    click.option(
+        "--type",
+        "stream_type",
+        type=click.Choice([t.value for t in StreamType]),
+        default="plain",
+        show_default=True,
+        callback=_stream_type,
+        help="remus and colo go on with checkpoints.",
+    ),
+    click.option(
+        "--policy",
+        multiple=True,
+        callback=_policy,
+        metavar="NAME=VALUE",
+        help="When precopy ends; may be given several times. See below.",
+    ),
+    click.option(
+        "--checkpoints",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="End after N checkpoints. Default: go on until the receiver is gone.",
+    ),
+    click.option(
+        "--interval",
+        "interval_ms",
+        type=click.IntRange(min=0),
+        default=DEFAULT_INTERVAL_MS,
+        show_default=True,
+        metavar="MS",
+        help="Time between checkpoints.",
+    ),
+    click.option(
+        "--bandwidth",
+        "bandwidth_limit",
+        callback=_bandwidth,
+        metavar="RATE",
+        help="Send no more octets a second than this: 500K, 100M, 1.5G.",
+    ),
+    click.option(
+        "--batch",
+        "batch_size",
+        type=click.IntRange(min=1, max=32_704),
+        default=1024,
+        show_default=True,
+        metavar="PFNS",
+        help="Pages a record.",
+    ),
+    click.option(
+        "--timeout",
+        "timeout_s",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="SECONDS",
+        help="Give up when the other end does nothing for so long. Default: wait for ever.",
+    ),
+    click.option("--debug", is_flag=True, help="Send all memory twice, for the receiver to compare."),
+    click.option("--json", "as_json", is_flag=True, help="One JSON object a pass, the last with the result."),
+)
+
+guest_type_option = click.option(
+    "--guest-type",
+    type=click.Choice(["hvm", "pv"]),
+    default="hvm",
+    show_default=True,
+    help="What the guest is, where its kind does not say.",
+)
+
+
+def save_options(command: F) -> F:
+    """Add the options of a save."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def save_callbacks(
+    stream_type: StreamType, policy: PrecopyPolicy | None, checkpoints: int | None, interval_ms: int
+) -> SaveCallbacks:
+    """Return callbacks that wait for the interval between checkpoints and end behind ``checkpoints``."""
+    from migstream.save import SaveCallbacks
+
+    left = itertools.count() if checkpoints is None else iter(range(checkpoints - 1))
+
+    def next_checkpoint() -> int:
+        if next(left, None) is None:
+            return 0
+        time.sleep(interval_ms / 1000)
+        return 1
+
+    return SaveCallbacks(
+        precopy_policy=policy,
+        checkpoint=(lambda: 1) if stream_type is StreamType.COLO else next_checkpoint,
+        wait_checkpoint=next_checkpoint,
+    )
