@@ -187,7 +187,8 @@ class ModelGuest(Machine):
                 )
         deferred = np.zeros(len(pfns), np.bool_)
         deferred[tables] = in_change
-        normalised = np.ascontiguousarray(copies[~in_change]).data.cast("B")
+        # As octets in one row: all tables may be in change, and an empty table of rows is no memoryview.
+        normalised = np.ascontiguousarray(copies[~in_change]).view(np.uint8).reshape(-1).data
         # The copies are numbered on from the end of memory, so that one search finds the runs in both.
         beyond = self.n_pages + 1
         split = beyond * PAGE_SIZE
