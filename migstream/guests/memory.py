@@ -13,6 +13,11 @@ from migstream.guests.protocols import PAGE_SHIFT, PAGE_SIZE
 
 __all__ = ["Memory", "run_bounds"]
 
+# Private, for huge pages and MADV_DONTNEED do less for shared memory; without a reservation, for a guest may
+# be larger than what it uses. (The constant has a name from Python 3.13 on; this is Linux's value.)
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+
 
 def run_bounds(numbers: npt.NDArray[np.uint64], scale: int = 1) -> Iterator[tuple[int, int]]:
     """Return the runs of consecutive ``numbers``, uint64[n] in any order: (start, exclusive end) of each.
@@ -48,7 +53,7 @@ class Memory:
     def anonymous(cls, n_pages: int) -> Memory:
         """Make zeroed memory that costs nothing until it is touched. Raises `GuestError` if there is none."""
         try:
-            mapping = mmap.mmap(-1, n_pages << PAGE_SHIFT)
+            mapping = mmap.mmap(-1, n_pages << PAGE_SHIFT, flags=ANONYMOUS)
         except (OSError, OverflowError, ValueError) as exc:
             raise GuestError(
                 f"{n_pages} pages ({n_pages >> 8} MiB) of memory cannot be had: {exc}; make the guest smaller"
@@ -73,5 +78,5 @@ class Memory:
         return self.octets[pfn << PAGE_SHIFT : (pfn + 1) << PAGE_SHIFT]
 
     def discard(self, first: int, count: int) -> None:
-        """Give the memory of ``count`` pages from ``first`` back; they read as zeros from here on."""
+        """Give ``count`` pages from ``first`` of anonymous memory back; they read as zeros from here on."""
         self.mapping.madvise(mmap.MADV_DONTNEED, first << PAGE_SHIFT, count << PAGE_SHIFT)

@@ -44,6 +44,7 @@ from migstream.records.pv_state import PV_LAYOUTS
 __all__ = ["ModelGuest", "SuspendAnswer"]
 
 PV = PV_LAYOUTS[8]
+AT_ONCE = 1 << 16  # PFNs in an array while a machine boots
 VCPU_LIMIT = 32  # processors that a shared info page has room for: XEN_LEGACY_MAX_VCPUS
 
 
@@ -124,10 +125,11 @@ class ModelGuest(Machine):
         guest.fixed = fixed
         if holes:
             model_boot.scatter_holes(types, fixed, rng)
-        guest.set_page_types(np.arange(n_pages, dtype=np.uint64), types)
-        populated = (types != PageType.XTAB) & (types != PageType.BROKEN)
-        for first, end in run_bounds(np.flatnonzero(populated).astype(np.uint64)):
-            guest.populate(np.arange(first, end, dtype=np.uint64))
+        for start in range(0, n_pages, AT_ONCE):
+            pfns = np.arange(start, min(start + AT_ONCE, n_pages), dtype=np.uint64)
+            own = types[pfns]
+            guest.set_page_types(pfns, own)
+            guest.populate(pfns[(own != PageType.XTAB) & (own != PageType.BROKEN)])
         if content:
             model_boot.fill(guest.memory, types, rng)
         if plan is not None and guest.frames is not None:

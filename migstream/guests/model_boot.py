@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from migstream.errors import GuestError
 from migstream.guests.machine_state import HvmPlaces, PvPlaces
-from migstream.guests.memory import Memory, run_bounds
+from migstream.guests.memory import Memory
 from migstream.guests.protocols import PAGE_SIZE
 from migstream.guests.pv_pages import ENTRIES, PRESENT, TABLE_LEVEL, FrameMap
 from migstream.records.page_types import DATA_TYPES, PageType
@@ -128,12 +128,14 @@ def fill(memory: Memory, types: npt.NDArray[np.uint8], rng: np.random.Generator)
     """Give every page that has data content of its own: shared noise, and a first word no other page has."""
     noise = rng.integers(0, 256, (256, PAGE_SIZE), np.uint8)
     salt = np.uint64(rng.integers(1, 1 << 32)) << np.uint64(32)
-    with_data = np.flatnonzero(HAS_DATA[types]).astype(np.uint64)
-    for first, last in run_bounds(with_data):
-        for at in range(first, last, len(noise)):
-            end = min(at + len(noise), last)
+    for at in range(0, len(types), len(noise)):
+        end = min(at + len(noise), len(types))
+        pfns = np.arange(at, end, dtype=np.uint64)[HAS_DATA[types[at:end]]]
+        if len(pfns) == end - at:
             memory.pages[at:end] = noise[: end - at]
-            memory.words[at:end, 0] = np.arange(at, end, dtype=np.uint64) ^ salt
+        else:
+            memory.pages[pfns] = noise[: len(pfns)]
+        memory.words[pfns, 0] = pfns ^ salt
 
 
 def write_tables(plan: PvPlan, memory: Memory, types: npt.NDArray[np.uint8], frames: FrameMap) -> None:
