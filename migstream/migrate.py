@@ -9,17 +9,16 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
 
 from migstream.channel import ChannelError
 from migstream.guests.protocols import SaveSource
 from migstream.restore import RestoreResult
 from migstream.save import SaveResult, owning
 
-__all__ = ["Channel", "MigrateResult", "Transport", "migrate", "open_channel"]
+__all__ = ["Channel", "MigrateResult", "Receiver", "Sender", "Transport", "migrate", "open_channel"]
 
 
 class Transport(Enum):
@@ -83,18 +82,9 @@ def _tcp_pair() -> tuple[socket.socket, socket.socket]:
     return sender, receiver
 
 
-class Sender(Protocol):
-    """Saves to a descriptor; ``recv_fd`` is COLO's back channel."""
-
-    def __call__(self, fd: int, recv_fd: int) -> SaveResult:
-        """Run the save."""
-
-
-class Receiver(Protocol):
-    """Restores from a descriptor; ``send_back_fd`` is COLO's back channel."""
-
-    def __call__(self, fd: int, send_back_fd: int) -> RestoreResult:
-        """Run the restore."""
+#: What runs an end: called with its descriptor, and with its end of COLO's back channel.
+Sender = Callable[[int, int], SaveResult]
+Receiver = Callable[[int, int], RestoreResult]
 
 
 @dataclass(frozen=True)
