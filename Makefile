@@ -1,0 +1,61 @@
+# Two commands need nothing but Python 3.11 and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: help demo test lint format spec bench bench-quick fuzz clean
+
+help:
+	@echo "make demo         a look at a real stream and a live migration; leaves files in build/demo"
+	@echo "make test         the test suite"
+	@echo "make lint         ruff check, ruff format --check, mypy --strict"
+	@echo "make bench        the ratios of the README, on streams that it makes (needs 9 GB of disk, 24 GB of memory)"
+	@echo "make bench-quick  the same on small streams: does it run, not how fast"
+	@echo "make fuzz         mutate small streams for a minute; any error but our own is a finding"
+	@echo "make spec         regenerate the tables of spec/"
+	@echo "make format       let ruff format and mend"
+	@echo "make clean        remove what these commands made"
+
+# Installed once, and again when pyproject.toml changes. Compiled ahead, so that start-up is that of an
+# installed package even where the environment keeps Python from writing bytecode.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "migstream needs Python 3.11 or later; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "python3 cannot make a venv here; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/python -m compileall -q migstream
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh demo/demo.sh build/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+spec: $(READY)
+	$(BIN)/python -m spec.generate
+
+bench: $(READY)
+	@$(BIN)/python -m compileall -q migstream
+	$(BIN)/python -m bench
+
+bench-quick: $(READY)
+	$(BIN)/python -m bench --quick
+
+fuzz: $(READY)
+	$(BIN)/python -m fuzz --seconds 60
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The formats in prose, with tables that `generate` fills from the declarations."""
