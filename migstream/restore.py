@@ -28,11 +28,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import Enum
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import dataclass
 
 from migstream.bitmap import PfnBitmap
 from migstream.channel import send_dirty_pfn_list
@@ -43,24 +39,16 @@ from migstream.io import reader
 from migstream.io.reader import Frame, Layer, Stream
 from migstream.layout import Layout
 from migstream.progress import PassKind, Progress
-from migstream.records import Record, libxc, libxl
+from migstream.records import libxc, libxl
 from migstream.records.libxc import GuestType
 from migstream.restore_checks import check_headers, check_place, check_record_limit, refusal
 from migstream.restore_records import RecordApplier
-from migstream.restore_report import LibxlRecords, Passes
+from migstream.restore_report import MISMATCHES_LISTED, LibxlRecords, Outcome, Passes, RestoreResult
 from migstream.restore_spill import CheckpointSpill, SpillError
 
 __all__ = ["Outcome", "RestoreCallbacks", "RestoreResult", "SpillError", "read_guest_type", "restore"]
 
-MISMATCHES_LISTED = 1 << 16  # differing PFNs that a result lists; all are counted
 SPILL_SLACK = 256 << 20  # octets that a checkpoint's records may take beyond one copy of every page
-
-
-class Outcome(Enum):
-    """How a restore ended well."""
-
-    RESTORED = "restored"
-    FAILED_OVER = "failed_over"
 
 
 @dataclass(frozen=True)
@@ -82,31 +70,6 @@ class RestoreCallbacks:
     wait_checkpoint: Callable[[], int] | None = None
     suspend: Callable[[], int] | None = None
     restore_results: Callable[[int | None, int | None], None] | None = None
-
-
-@dataclass
-class RestoreResult:
-    """What a restore did.
-
-    ``missing`` is the static data that the stream lacked; ``checkpoints`` counts those applied, ``pages``
-    those received with their content. ``verify_mismatches`` are PFNs that verify mode found to differ,
-    ascending, uint64[n], at most 65,536 of ``verify_mismatch_count``. ``libxl_records`` are what a libxl
-    stream holds for the emulators, as far as they are small, of the state that was restored.
-    ``failover_reason`` says what ended the stream; ``warnings`` what was tolerated.
-    """
-
-    result: Outcome = Outcome.RESTORED
-    missing: Missing = Missing.NONE
-    checkpoints: int = 0
-    pages: int = 0
-    seconds: float = 0.0
-    verify_mismatches: npt.NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
-    verify_mismatch_count: int = 0
-    store_pfn: int | None = None
-    console_pfn: int | None = None
-    libxl_records: list[Record] = field(default_factory=list)
-    failover_reason: str | None = None
-    warnings: list[str] = field(default_factory=list)
 
 
 def restore(
@@ -131,9 +94,9 @@ def restore(
     `Stream` may be given instead, of which nothing but headers was read; it is not closed.
 
     ``send_back_fd`` is COLO's back channel. ``timeout_s`` bounds each wait for the sender.
-    ``verify_fails`` makes pages that differ in verify mode an error. ``reset_rings`` empties the rings and
-    request pages that the guest shares with its host, as Xen's restore does for a guest that is to run;
-    without it memory is what the stream says. The records of a checkpoint wait in a file without a name in
+    ``verify_fails`` makes pages that differ in verify mode an error at END. ``reset_rings`` empties the
+    rings and request pages that the guest shares with its host, as Xen's restore does for a guest that is
+    to run; without it memory is what the stream says. The records of a checkpoint wait in a file without a name in
     ``spill_directory``, at most ``spill_limit`` octets (default: the target's memory and 256 MiB).
     ``libxl_record`` is given each record of a libxl stream around the image, to read as it likes.
     ``result`` is filled in instead of a new one; after an error it says how far the restore came.
@@ -383,7 +346,7 @@ class _Restore:
         try:
             self.target.clean_dirty_log(dirty)
         except GuestError as exc:
-            raise self._refused(exc, frame) from exc
+            raise self._placed(StreamError(str(exc)), frame) from exc
         try:
             send_dirty_pfn_list(self.send_back_fd, dirty, timeout_s=self.timeout_s)
         except (BrokenPipeError, ConnectionError, DeadlineError) as exc:
@@ -409,8 +372,7 @@ class _Restore:
                 f"END at offset {frame.offset} comes in the middle of a checkpoint: "
                 f"{self._spill.records} records were dropped"
             )
-        if self._spill is None:
-            self._check_mismatches()
+        self._check_mismatches(frame)
         self._complete_last(frame)
         self._ended = True
 
@@ -420,30 +382,33 @@ class _Restore:
             self._complete(frame)
 
     def _complete(self, frame: Frame | None) -> RestoredRings:
+        """Complete the guest at the record ``frame``, or where the input ended."""
         assert self._applier is not None
         try:
             rings = self._applier.complete()
         except GuestError as exc:
-            raise self._refused(exc, frame) from exc
+            raise self._placed(StreamError(str(exc)), frame) from exc
         except StreamError as exc:
-            if frame is not None and exc.offset is None:
-                exc.located(base=frame.offset, layer="libxc", record=frame.ref)
-            raise
+            raise self._placed(exc, frame) from None
         self.result.store_pfn, self.result.console_pfn = rings.store_pfn, rings.console_pfn
         return rings
 
-    def _refused(self, error: GuestError, frame: Frame | None) -> StreamError:
-        offset, record = (None, None) if frame is None else (frame.offset, frame.ref)
-        return StreamError(str(error), offset=offset, layer="libxc", record=record)
+    def _placed(self, error: StreamError, frame: Frame | None) -> StreamError:
+        """Give an error that has no place that of ``frame``, or of the end of the input."""
+        if error.offset is not None:
+            return error
+        if frame is None:
+            return error.located(base=self.stream.position, layer="libxc")
+        return error.located(base=frame.offset, layer="libxc", record=frame.ref)
 
-    def _check_mismatches(self) -> None:
+    def _check_mismatches(self, frame: Frame) -> None:
         assert self._applier is not None
         count = len(self._applier.memory.differing)
         if self.verify_fails and count:
             first = int(next(self._applier.memory.differing.batches(1))[0])
-            raise StreamError(
+            raise refusal(
+                frame,
                 f"{count} pages differ from what was sent again to verify them; the first is PFN {first:#x}",
-                layer="libxc",
             )
 
     def _report(self) -> None:

@@ -1,18 +1,57 @@
-"""What a restore tells of besides the guest: passes over memory, and libxl's records around the image."""
+"""What a restore tells besides making the guest: its result, passes over memory, libxl's records."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
 
+import numpy as np
+import numpy.typing as npt
+
+from migstream.engine import Missing
 from migstream.io.reader import Frame
 from migstream.progress import PassKind, PassReport, PassStart, Progress
 from migstream.records import PageData, Record, libxl
 
-__all__ = ["LibxlRecords", "Passes"]
+__all__ = ["MISMATCHES_LISTED", "LibxlRecords", "Outcome", "Passes", "RestoreResult"]
 
+MISMATCHES_LISTED = 1 << 16  # differing PFNs that a result lists; all are counted
 KEPT_RECORD = 1 << 20  # octets of the largest libxl record that is kept
 KEPT_TOTAL = 16 << 20  # octets of all of them
+
+
+class Outcome(Enum):
+    """How a restore ended well."""
+
+    RESTORED = "restored"
+    FAILED_OVER = "failed_over"
+
+
+@dataclass
+class RestoreResult:
+    """What a restore did.
+
+    ``missing`` is the static data that the stream lacked; ``checkpoints`` counts those applied, ``pages``
+    those received with their content. ``verify_mismatches`` are PFNs that verify mode found to differ,
+    ascending, uint64[n], at most 65,536 of ``verify_mismatch_count``. ``libxl_records`` are what a libxl
+    stream holds for the emulators, as far as they are small, of the state that was restored.
+    ``failover_reason`` says what ended the stream; ``warnings`` what was tolerated.
+    """
+
+    result: Outcome = Outcome.RESTORED
+    missing: Missing = Missing.NONE
+    checkpoints: int = 0
+    pages: int = 0
+    seconds: float = 0.0
+    verify_mismatches: npt.NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    verify_mismatch_count: int = 0
+    store_pfn: int | None = None
+    console_pfn: int | None = None
+    libxl_records: list[Record] = field(default_factory=list)
+    failover_reason: str | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 class LibxlRecords:

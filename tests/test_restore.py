@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import socket
 import struct
@@ -11,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from migstream.cli.restore import command as restore_command
 from migstream.engine import Missing, StreamType
 from migstream.errors import DeadlineError, GuestError, StreamError, TruncatedError
 from migstream.guests.model import ModelGuest
@@ -561,3 +565,62 @@ def test_params_may_come_by_the_array() -> None:
     many = array_of(libxc.HvmParamEntry, [libxc.HvmParamEntry(index=9, value=i) for i in range(100)])
     target, _ = run(stream(STATIC_DATA_END, libxc.HvmParams(params=many), END))
     assert target.state()
+
+
+# The command
+
+
+def command(octets: bytes, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+    """Run ``migstream restore - model:4M --json``; return the exit code and the objects that it printed."""
+    read_end, write_end = os.pipe()
+    thread = threading.Thread(target=lambda: build_and_close(write_end, octets))
+    thread.start()
+    try:
+        done = CliRunner().invoke(restore_command, [f"fd:{read_end}", "model:4M", "--json", *arguments])
+    finally:
+        os.close(read_end)
+        thread.join()
+    return done.exit_code, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def build_and_close(fd: int, octets: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError), open(fd, "wb") as sink:
+        sink.write(octets)
+
+
+def test_the_last_line_says_what_was_restored() -> None:
+    code, lines = command(stream(STATIC_DATA_END, pages(0, [1, 2]), pages(0, [3]), *TAIL, END))
+    assert code == 0
+    assert [(line["event"], line.get("pages")) for line in lines] == [("pass", 2), ("pass", 1), ("result", 3)]
+    last = lines[-1]
+    assert (last["result"], last["missing"], last["checkpoints"]) == ("restored", ["CPUID", "MSR"], 0)
+    assert last["error"] is None
+    assert last["seconds"] > 0
+
+
+def test_the_last_line_says_where_a_restore_failed_and_how_far_it_came() -> None:
+    octets = hvm(pages(0, [1, 2]), raw(0x0B))
+    code, lines = command(octets)
+    assert code == 1
+    assert (lines[-1]["result"], lines[-1]["pages"]) == ("failed", 2)
+    assert lines[-1]["error"]["record"]["type"] == "TOOLSTACK"
+    assert octets[lines[-1]["error"]["offset"] - 8 :].startswith(b"\x0b")
+
+
+def test_a_checkpointed_stream_that_breaks_off_failed_over() -> None:
+    code, lines = command(build.remus_stream(2)[:-8], "--type", "remus")
+    assert code == 0
+    assert [line["number"] for line in lines if line["event"] == "checkpoint"] == [1, 2]
+    assert (lines[-1]["result"], lines[-1]["checkpoints"]) == ("failed_over", 2)
+
+
+def test_the_guest_type_is_the_streams_own_unless_it_is_asked_for() -> None:
+    assert command(PvGuest().stream())[0] == 0
+    code, lines = command(PvGuest().stream(), "--guest-type", "hvm")
+    assert code == 1
+    assert lines[-1]["error"]["field"] == "type"
+
+
+@pytest.mark.parametrize("arguments", [["--type", "colo"], ["--type", "other"]])
+def test_wrong_usage_is_told_before_anything_is_read(arguments: list[str]) -> None:
+    assert command(b"", *arguments) == (2, [])
