@@ -409,10 +409,10 @@ def test_an_error_of_the_input_below_is_not_blamed_on_the_data() -> None:
             source.skip(1 << 20)
 
     class Failing(io.RawIOBase):
-        def readinto(self, buffer: object) -> int:
+        def readinto(self, buffer: object, /) -> int:
             raise OSError(5, "Input/output error")
 
-    failing = CodecInput(MemoryInput(b""), Failing(), "none")  # type: ignore[arg-type]  # a raw reader is enough
+    failing = CodecInput(MemoryInput(b""), Failing(), "none")
     with pytest.raises(OSError, match="Input/output error"):
         failing.read(1)
 
@@ -453,6 +453,17 @@ assert grown < 8 << 10, f"{grown} KiB"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_closing_compressed_data_closes_the_file_below_once(codec: str, tmp_path: Path) -> None:
+    (tmp_path / "packed").write_bytes(CODECS[codec](OCTETS))
+    before = len(os.listdir("/proc/self/fd"))
+    source = open_input(tmp_path / "packed")
+    assert source.read(10) == OCTETS[:10]
+    source.close()
+    source.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_the_codecs_are_told_by_their_magic_alone() -> None:
     for packed in (b"\x28\xb5\x2f", b"\x1f\x8b", b"\xfd7zXZ", b"Xen saved"):
         with file_of(packed) as descriptor:
@@ -463,10 +474,10 @@ def test_a_large_target_is_filled_by_pieces_of_bounded_size() -> None:
     reads: list[int] = []
 
     class Zeros(io.RawIOBase):
-        def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # what is given here
+        def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]  # what is given here
             reads.append(len(buffer))
             return len(buffer)
 
-    endless = CodecInput(MemoryInput(b""), Zeros(), "none")  # type: ignore[arg-type]  # a raw reader is enough
+    endless = CodecInput(MemoryInput(b""), Zeros(), "none")
     assert endless.skip(10 * SCRATCH + 1) == 10 * SCRATCH + 1
     assert max(reads) == SCRATCH

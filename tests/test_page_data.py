@@ -47,7 +47,7 @@ nearly_runs = st.builds(
 anything = st.one_of(nearly_runs, st.lists(st.integers(0, 2**64 - 1), max_size=12))
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(values=anything)
 def test_a_run_is_recognised_exactly_when_the_entries_are_one(values: list[int]) -> None:
     assert entries_of(values).run == run_of(values)
@@ -61,7 +61,7 @@ borders = st.builds(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(
     script=st.lists(
         st.tuples(borders, st.sampled_from([1, 2, 3, 7, 255, 256, 257, 1024, 1500]), st.integers(0, 15)),
@@ -78,13 +78,21 @@ def test_templates_moved_from_run_to_run_recognise_each(script: list[tuple[int, 
         assert Entries(damaged, templates=templates).run == run_of([*values[:-1], values[-1] ^ 1 << 60])
 
 
+def test_templates_of_any_number_of_lengths_recognise_runs_with_bounded_memory() -> None:
+    templates = RunTemplates()
+    for count in [*range(1, 3 * RunTemplates.KEPT), *range(1, 3 * RunTemplates.KEPT)]:
+        raw = b"".join(v.to_bytes(8, "little") for v in range(9, 9 + count))
+        assert Entries(raw, templates=templates).run == PfnRun(9, count, 0)
+        assert len(templates._templates) <= RunTemplates.KEPT
+
+
 def test_a_run_across_two_borders_of_65536() -> None:
     values = range(0xFFF0, 0xFFF0 + 70_000)
     raw = b"".join(v.to_bytes(8, "little") for v in values)
     assert Entries(raw, templates=RunTemplates()).run == PfnRun(0xFFF0, 70_000, 0)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(values=anything, order=orders)
 def test_pfns_types_and_reserved_bits_are_those_of_each_entry(values: list[int], order: ByteOrder) -> None:
     entries = entries_of(values, order)

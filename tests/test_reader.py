@@ -447,6 +447,21 @@ def test_a_trailer_of_unknown_length_is_read_to_its_end() -> None:
         assert trailer.readv_into([memoryview(bytearray(4))]) == 0
 
 
+def test_a_trailer_that_vanishes_while_it_is_read_is_a_truncation(tmp_path: Path) -> None:
+    path = tmp_path / "stream"
+    path.write_bytes(image() + bytes(100))
+    with reader.open(path) as stream:
+        *_, trailer = stream.items()
+        assert isinstance(trailer, Trailer)
+        os.truncate(path, len(image()) + 40)
+        with (
+            open(os.devnull, "wb") as nowhere,
+            pytest.raises(TruncatedError, match="after 40 of the 100 octets") as caught,
+        ):
+            trailer.splice_to(nowhere.fileno())
+        assert (caught.value.offset, caught.value.layer) == (len(image()) + 40, None)
+
+
 # Checkpoints
 
 

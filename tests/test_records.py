@@ -528,6 +528,22 @@ def test_equal_values_are_equal_and_hash_alike_whatever_their_byte_order() -> No
     assert libxc.End() != libxc.Verify()
 
 
+def test_fields_are_named_and_none_may_be_missing_or_unknown() -> None:
+    with pytest.raises(TypeError, match="X86PvInfo needs the field pt_levels"):
+        libxc.X86PvInfo(guest_width=8)  # type: ignore[call-arg]  # the point
+    with pytest.raises(TypeError, match="X86PvInfo has no field colour, width"):
+        libxc.X86PvInfo(guest_width=8, pt_levels=4, width=8, colour=1)  # type: ignore[call-arg]  # the point
+
+
+def test_a_value_shows_its_fields_and_its_surplus() -> None:
+    assert repr(libxc.TscMode.DEFAULT) in repr(
+        libxc.X86TscInfo(mode=libxc.TscMode.DEFAULT, khz=1, nsec=2, incarnation=3)
+    )
+    assert repr(libxl.CheckpointState.parse(bytes(8))) == (
+        "CheckpointState(control_id=0, surplus=b'\\x00\\x00\\x00\\x00')"
+    )
+
+
 def test_records_are_frozen() -> None:
     with pytest.raises(AttributeError):
         libxc.X86PvInfo(guest_width=8, pt_levels=4).guest_width = 4  # type: ignore[misc]  # the point

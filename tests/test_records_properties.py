@@ -53,7 +53,7 @@ def instances(declared: type[Declaration]) -> st.SearchStrategy[Any]:
 
 
 @every_declaration
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_what_is_built_parses_to_the_same_value(declared: type[Declaration], data: st.DataObject) -> None:
     value, order = data.draw(instances(declared)), data.draw(orders)
@@ -64,7 +64,7 @@ def test_what_is_built_parses_to_the_same_value(declared: type[Declaration], dat
 
 
 @every_declaration
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_what_parses_builds_the_same_octets_with_any_surplus(
     declared: type[Declaration], data: st.DataObject
@@ -84,7 +84,7 @@ def test_what_parses_builds_the_same_octets_with_any_surplus(
 
 
 @every_declaration
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_json_there_and_back_is_the_same_value(declared: type[Declaration], data: st.DataObject) -> None:
     wire = data.draw(instances(declared)).build("big")
@@ -94,7 +94,7 @@ def test_json_there_and_back_is_the_same_value(declared: type[Declaration], data
 
 
 @every_declaration
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_the_other_byte_order_is_another_form_of_the_same_value(
     declared: type[Declaration], data: st.DataObject
@@ -106,7 +106,7 @@ def test_the_other_byte_order_is_another_form_of_the_same_value(
 
 
 @every_declaration
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_reserved_fields_are_reported_when_and_only_when_they_are_not_zero(
     declared: type[Declaration], data: st.DataObject
@@ -121,7 +121,7 @@ def test_reserved_fields_are_reported_when_and_only_when_they_are_not_zero(
             assert wire.name not in reported
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     pairs=st.lists(
         st.tuples(

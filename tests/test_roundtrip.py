@@ -262,7 +262,7 @@ any_record = st.one_of(
 paddings = st.binary(min_size=7, max_size=7)
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(
     records=st.lists(st.tuples(any_record, paddings), max_size=8),
     order=st.sampled_from(["little", "big"]),

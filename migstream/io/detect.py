@@ -6,20 +6,16 @@ the layer that starts at a place, or raises an error that names what stands ther
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
+from typing import BinaryIO, Protocol, cast
 
 from migstream.errors import FormatError, TruncatedError
 from migstream.io import fd as fdio
-from migstream.io.inputs import CodecInput, DescriptorInput, FileInput, Input
+from migstream.io.inputs import CodecInput, CodecReader, DescriptorInput, FileInput, Input
 from migstream.records import libxc, libxl, xl
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer as Buffer
 
 __all__ = ["layer_at", "open_input"]
 
@@ -55,23 +51,24 @@ _FOREIGN: dict[bytes, str] = {
 }
 
 
-def _zstd(raw: BinaryIO) -> BinaryIO:
+def _zstd(raw: Input) -> CodecReader:
     import zstandard
 
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
-    return cast(BinaryIO, decompressor.stream_reader(raw, read_across_frames=True, closefd=False))
+    # All that it needs of a file is `read`, which an input has.
+    return decompressor.stream_reader(cast(BinaryIO, raw), read_across_frames=True, closefd=False)
 
 
-def _gzip(raw: BinaryIO) -> BinaryIO:
-    return cast(BinaryIO, _Unpacker(raw, _GzipDecoder))
+def _gzip(raw: Input) -> CodecReader:
+    return _Unpacker(raw, _GzipDecoder)
 
 
-def _xz(raw: BinaryIO) -> BinaryIO:
+def _xz(raw: Input) -> CodecReader:
     import lzma
 
     # Bounded, as an xz header may ask for a dictionary of 4 GiB.
     bounded = partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, memlimit=MAX_WINDOW)
-    return cast(BinaryIO, _Unpacker(raw, bounded))
+    return _Unpacker(raw, bounded)
 
 
 class _Decoder(Protocol):
@@ -110,13 +107,13 @@ class _GzipDecoder:
         return self._zlib.decompress(self._zlib.unconsumed_tail + data, max_length)
 
 
-class _Unpacker(io.RawIOBase):
+class _Unpacker:
     """Reads streams one after the other; what is there of a truncated one comes out, then the end.
 
     The standard library's GzipFile and LZMAFile drop what they unpacked when the input ends early.
     """
 
-    def __init__(self, raw: BinaryIO, make_decoder: Callable[[], _Decoder]) -> None:
+    def __init__(self, raw: Input, make_decoder: Callable[[], _Decoder]) -> None:
         self._raw = raw
         self._make_decoder = make_decoder
         self._start_stream()
@@ -125,11 +122,10 @@ class _Unpacker(io.RawIOBase):
         self._decoder = self._make_decoder()
         self._begun = False
 
-    def readable(self) -> bool:
-        return True
+    def close(self) -> None:
+        """Close nothing: the input belongs to who made it."""
 
-    def readinto(self, buffer: Buffer) -> int:
-        view = memoryview(buffer).cast("B")
+    def readinto(self, view: memoryview) -> int:
         unpacked = b""
         while view and not unpacked:
             packed = b""
@@ -149,7 +145,7 @@ class _Unpacker(io.RawIOBase):
         return len(unpacked)
 
 
-_CODECS: dict[bytes, tuple[str, Callable[[BinaryIO], BinaryIO]]] = {
+_CODECS: dict[bytes, tuple[str, Callable[[Input], CodecReader]]] = {
     b"\x28\xb5\x2f\xfd": ("zstd", _zstd),
     b"\x1f\x8b\x08": ("gzip", _gzip),
     b"\xfd7zXZ\0": ("xz", _xz),
@@ -181,7 +177,7 @@ def _unpacked(inner: Input) -> Input:
     start = inner.peek(6)
     for magic, (name, make) in _CODECS.items():
         if start.startswith(magic):
-            return CodecInput(inner, make(cast(BinaryIO, inner)), name)
+            return CodecInput(inner, make(inner), name)
     return inner
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import BinaryIO, cast
+from typing import Protocol
 
 from migstream.errors import FormatError, MigstreamError
 from migstream.io import fd as fdio
@@ -236,10 +236,17 @@ class MemoryInput(Input):
         return done
 
 
+class CodecReader(Protocol):
+    """A codec's file object, as far as it is needed."""
+
+    def readinto(self, buffer: memoryview, /) -> int | None: ...
+    def close(self) -> None: ...
+
+
 class CodecInput(Input):
     """Another input, decompressed on the way; ``reader`` is the codec's file object over it."""
 
-    def __init__(self, inner: Input, reader: BinaryIO, codec: str) -> None:
+    def __init__(self, inner: Input, reader: CodecReader, codec: str) -> None:
         self._inner = inner
         self._reader = reader
         self._codec = codec
@@ -250,7 +257,7 @@ class CodecInput(Input):
         done = 0
         while done < len(view):
             try:
-                got = cast("_ReadsInto", self._reader).readinto(view[done:])
+                got = self._reader.readinto(view[done:])
             except Exception as exc:
                 # Each codec has errors of its own, without a common base: zstandard.ZstdError,
                 # zlib.error, lzma.LZMAError.
@@ -319,13 +326,6 @@ class CodecInput(Input):
         """Close the codec and what it reads from."""
         self._reader.close()
         self._inner.close()
-
-
-class _ReadsInto(BinaryIO):
-    """What every codec's reader can do, though `BinaryIO` does not say so."""
-
-    def readinto(self, buffer: memoryview) -> int:
-        raise NotImplementedError
 
 
 def _read_and_drop(source: Input, length: int) -> int:
