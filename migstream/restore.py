@@ -96,8 +96,9 @@ def restore(
     ``send_back_fd`` is COLO's back channel. ``timeout_s`` bounds each wait for the sender.
     ``verify_fails`` makes pages that differ in verify mode an error at END. ``reset_rings`` empties the
     rings and request pages that the guest shares with its host, as Xen's restore does for a guest that is
-    to run; without it memory is what the stream says. The records of a checkpoint wait in a file without a name in
-    ``spill_directory``, at most ``spill_limit`` octets (default: the target's memory and 256 MiB).
+    to run; without it memory is what the stream says. The records of a checkpoint wait in a file without
+    a name in ``spill_directory``, at most ``spill_limit`` octets (default: the target's memory and 256
+    MiB).
     ``libxl_record`` is given each record of a libxl stream around the image, to read as it likes.
     ``result`` is filled in instead of a new one; after an error it says how far the restore came.
 
