@@ -18,6 +18,10 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "inspect": "Show what is in a stream: layers, records, pages, passes, config.",
     "verify": "Check a stream against the specification.",
+    "save": "Save GUEST as a libxc stream to OUT: a file, '-' for standard output, or fd:N.",
+    "restore": "Restore the stream IN (a file, '-' for standard input, or fd:N) into GUEST.",
+    "migrate": "Migrate SRC to DST, two guests such as model:64M or raw:FILE, live unless told otherwise.",
+    "demo": "Live-migrate a busy machine through a pipe, and compare both page by page.",
 }
 
 
