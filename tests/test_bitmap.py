@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -86,7 +87,7 @@ class BitmapAgainstSet(RuleBasedStateMachine):
     @rule(at_most=st.integers(1, 70))
     def batches(self, at_most: int) -> None:
         found = [batch.tolist() for batch in self.bitmap.batches(at_most)]
-        assert sum(found, []) == sorted(self.expected)
+        assert list(chain.from_iterable(found)) == sorted(self.expected)
         assert all(len(batch) == at_most for batch in found[:-1])
         assert all(0 < len(batch) <= at_most for batch in found)
 

@@ -28,9 +28,13 @@ class PageBook:
         self.n_pages = n_pages
         self.page_limit = n_pages if page_limit is None else page_limit
         self.n_populated = 0
-        self._populated = PfnBitmap(n_pages)
+        try:
+            self._populated = PfnBitmap(n_pages)
+            types = mmap.mmap(-1, n_pages)
+        except (OSError, OverflowError) as exc:
+            raise GuestError(f"a guest of {n_pages} pages is too large to keep book of: {exc}") from exc
         # A page's type ^ XTAB: so a page that nobody spoke of is XTAB, and its octet is never touched.
-        self._types = np.frombuffer(mmap.mmap(-1, n_pages), np.uint8)
+        self._types = np.frombuffer(types, np.uint8)
         self._accounts = threading.Lock()
 
     @property
