@@ -86,6 +86,15 @@ def test_read_leaves_what_was_not_asked_for() -> None:
         assert os.read(reader, 100) == b"|left"
 
 
+def test_some_is_what_is_there_and_nothing_only_at_the_end() -> None:
+    with pipe() as (reader, writer):
+        os.write(writer, b"octets")
+        assert fdio.read_some(reader, 4) == b"octe"
+        assert fdio.read_some(reader, 100) == b"ts"
+        os.close(writer)
+        assert fdio.read_some(reader, 100) == b""
+
+
 def test_a_large_length_by_itself_allocates_nothing() -> None:
     import tracemalloc
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -135,7 +136,7 @@ lengths = st.one_of(
     st.integers(0, 64), st.integers(WINDOW - 2, WINDOW + 2), st.sampled_from([4096, 9000, 1 << 20])
 )
 steps = st.one_of(
-    st.tuples(st.sampled_from(["read", "peek", "skip", "splice"]), lengths.map(lambda n: [n])),
+    st.tuples(st.sampled_from(["read", "some", "peek", "skip", "splice"]), lengths.map(lambda n: [n])),
     st.tuples(st.just("readv"), st.lists(lengths, max_size=4)),
 )
 
@@ -152,7 +153,12 @@ def test_any_mix_of_calls_gives_the_octets_in_order(kind: str, script: list[tupl
                 assert source.peek(sizes[0]) == expected
                 assert source.position == position
                 continue
-            if call == "read":
+            if call == "some":
+                some_of_it = source.read_some(sizes[0])
+                assert expected.startswith(some_of_it)
+                assert bool(some_of_it) == bool(expected)
+                expected = some_of_it
+            elif call == "read":
                 assert source.read(sizes[0]) == expected
             elif call == "skip":
                 assert source.skip(sizes[0]) == len(expected)
@@ -426,8 +432,6 @@ def test_compressed_data_that_ask_for_a_huge_window_are_refused() -> None:
     packed = bytearray(lzma.compress(b"octets", filters=filters))
     assert packed[12:17] == bytes([2, 0, 0x21, 1, 0])  # block header size, flags, LZMA2, 1, dictionary
     packed[16] = 40  # 4 GiB - 1
-    import zlib
-
     packed[20:24] = struct.pack("<I", zlib.crc32(packed[12:20]))
     with pytest.raises(FormatError, match="xz data are damaged: Memory usage limit"):
         opened(bytes(packed)).read(1)
@@ -451,6 +455,18 @@ grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 assert grown < 8 << 10, f"{grown} KiB"
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_compressed_data_come_out_as_they_arrive() -> None:
+    zstd_stream, gzip_stream = zstandard.ZstdCompressor().compressobj(), zlib.compressobj(wbits=31)
+    flushed = {
+        "zstd": zstd_stream.compress(OCTETS) + zstd_stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK),
+        "gzip": gzip_stream.compress(OCTETS) + gzip_stream.flush(zlib.Z_SYNC_FLUSH),
+    }
+    for packed in flushed.values():
+        with fed(packed, keep_open=True) as descriptor:
+            source = open_input(descriptor, 30)
+            assert source.read(len(OCTETS)) == OCTETS
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -553,6 +553,7 @@ def test_an_array_is_a_sequence() -> None:
     array = array_of(4, [1, 2, 3, 4])
     assert (len(array), array[0], array[-1], list(array[1:3])) == (4, 1, 4, [2, 3])
     assert 3 in array
+    assert hash(array) == hash(array_of(4, [1, 2, 3, 4]))
     assert repr(array) == "<Array of 4 u32>"
     assert repr(array_of(libxc.MsrEntry, [])) == "<Array of 0 MsrEntry>"
     with pytest.raises(IndexError):

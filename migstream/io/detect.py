@@ -55,8 +55,18 @@ def _zstd(raw: Input) -> CodecReader:
     import zstandard
 
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
-    # All that it needs of a file is `read`, which an input has.
-    return decompressor.stream_reader(cast(BinaryIO, raw), read_across_frames=True, closefd=False)
+    packed = cast(BinaryIO, _Arriving(raw))
+    return decompressor.stream_reader(packed, read_across_frames=True, closefd=False)
+
+
+class _Arriving:
+    """All that zstandard needs of a file. It gives what is there, so that a live sender is not waited for."""
+
+    def __init__(self, raw: Input) -> None:
+        self._raw = raw
+
+    def read(self, length: int) -> bytes:
+        return self._raw.read_some(length)
 
 
 def _gzip(raw: Input) -> CodecReader:
@@ -133,7 +143,7 @@ class _Unpacker:
                 packed = self._decoder.unused_data
                 self._start_stream()
             if not packed and self._decoder.needs_input:
-                packed = self._raw.read(UNPACK_CHUNK)
+                packed = self._raw.read_some(UNPACK_CHUNK)
                 if not packed:
                     return 0
             if not self._begun:

@@ -27,6 +27,7 @@ __all__ = [
     "pread_into",
     "read",
     "read_into",
+    "read_some",
     "transfer",
     "views",
     "widen_pipe",
@@ -99,17 +100,22 @@ def read(fd: int, length: int, timeout_s: float | None = None) -> bytes:
     """
     pieces = []
     while length > 0:
-        _read_ready(fd, timeout_s)
-        try:
-            piece = os.read(fd, min(length, 1 << 20))
-        except BlockingIOError:
-            _wait(fd, select.POLLIN, timeout_s)
-            continue
+        piece = read_some(fd, length, timeout_s)
         if not piece:
             break
         pieces.append(piece)
         length -= len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def read_some(fd: int, length: int, timeout_s: float | None = None) -> bytes:
+    """Read what is there, at least one octet and ``length`` at most; none only at the end of input."""
+    while True:
+        _read_ready(fd, timeout_s)
+        try:
+            return os.read(fd, min(length, 1 << 20))
+        except BlockingIOError:
+            _wait(fd, select.POLLIN, timeout_s)
 
 
 def views(buffers: Iterable[memoryview]) -> list[memoryview]:

@@ -32,6 +32,10 @@ class Input(ABC):
     def read(self, length: int) -> bytes:
         """Return the next ``length`` octets, fewer only at the end. Nothing is allocated beforehand."""
 
+    def read_some(self, length: int) -> bytes:
+        """Return as many of the next ``length`` octets as are there, at least one, none only at the end."""
+        return self.read(length)
+
     @abstractmethod
     def peek(self, length: int) -> bytes:
         """Return the next ``length`` octets without consuming them, fewer only at the end."""
@@ -152,6 +156,13 @@ class DescriptorInput(Input):
         piece = fdio.read(self._fd, length - len(ahead), self._timeout_s)
         self.position += len(piece)
         return ahead + piece if ahead else piece
+
+    def read_some(self, length: int) -> bytes:
+        if self._ahead:
+            return self._take_ahead(length)
+        piece = fdio.read_some(self._fd, length, self._timeout_s)
+        self.position += len(piece)
+        return piece
 
     def peek(self, length: int) -> bytes:
         if len(self._ahead) < length:

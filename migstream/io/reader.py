@@ -313,7 +313,6 @@ class Frame(Payload):
         if missing:
             piece = self._stream.input.read(missing)
             self.padding += piece
-            self._taken(None, 0)
             if len(piece) < missing:
                 raise TruncatedError(
                     "the input ends inside the record's padding",
