@@ -18,9 +18,11 @@ from migstream.records.page_types import DATA_TYPES, TYPE_SHIFT, PageType
 
 __all__ = ["MemoryPasses"]
 
-# Indexed by page type, whatever octet a guest may give for one.
-_HAS_DATA = np.isin(np.arange(256), sorted(DATA_TYPES))
-_KNOWN = np.isin(np.arange(256), list(PageType))
+# What to do with a page type, indexed by it, whatever octet a guest may give for one.
+_EMPTY, _DATA, _UNKNOWN = range(3)
+_SORT = np.full(256, _UNKNOWN, np.uint8)
+_SORT[list(PageType)] = _EMPTY
+_SORT[sorted(DATA_TYPES)] = _DATA
 
 
 class MemoryPasses:
@@ -70,22 +72,25 @@ class MemoryPasses:
     def _send_batch(self, pfns: npt.NDArray[np.uint64]) -> int:
         """Write one PAGE_DATA record, even if no PFN of it has a page; return its octets."""
         types = self.source.page_types(pfns)
-        _check_types(pfns, types)
+        sorts = _SORT[types]
+        lowest, highest = int(sorts.min()), int(sorts.max())
+        if highest == _UNKNOWN:
+            raise _unknown_type(pfns, types, sorts)
         if self.guest_runs and self.source.guest_type is GuestType.PV:
             # A PFN without a frame may be given one before the end, which no log tells (INVALID_MFN).
             self.deferred.add(pfns[types == PageType.XTAB])
         pages: list[memoryview] = []
-        has_data = _HAS_DATA[types]
-        if has_data.any():
-            buffers, waiting = self.source.pages(pfns[has_data], types[has_data])
-            pages = list(buffers)
+        if highest == _DATA:
+            # Nearly always every PFN has a page, and nothing has to be picked out.
+            have_data = slice(None) if lowest == _DATA else np.flatnonzero(sorts)
+            wanted, wanted_types = pfns[have_data], types[have_data]
+            buffers, waiting = self.source.pages(wanted, wanted_types)
+            pages, count = list(buffers), len(wanted)
             if waiting.any():
-                later = np.flatnonzero(has_data)[waiting]
-                self._defer(pfns[later])
+                self._defer(wanted[waiting])
                 types = types.copy()
-                types[later] = PageType.XTAB
-                has_data[later] = False
-            count = int(np.count_nonzero(has_data))
+                types[have_data] = np.where(waiting, np.uint8(PageType.XTAB), wanted_types)
+                count -= int(np.count_nonzero(waiting))
             _check_octets(pfns, count, pages)
             self.pages += count
         entries = (types.astype(np.uint64) << np.uint64(TYPE_SHIFT)) | pfns
@@ -99,11 +104,11 @@ class MemoryPasses:
         self.deferred.add(pfns)
 
 
-def _check_types(pfns: npt.NDArray[np.uint64], types: npt.NDArray[np.uint8]) -> None:
-    known = _KNOWN[types]
-    if not known.all():
-        at = int(np.argmin(known))
-        raise GuestError(f"PFN {int(pfns[at]):#x} has the page type {int(types[at]):#x}, which is unknown")
+def _unknown_type(
+    pfns: npt.NDArray[np.uint64], types: npt.NDArray[np.uint8], sorts: npt.NDArray[np.uint8]
+) -> GuestError:
+    at = int(np.argmax(sorts))
+    return GuestError(f"PFN {int(pfns[at]):#x} has the page type {int(types[at]):#x}, which is unknown")
 
 
 def _check_octets(pfns: npt.NDArray[np.uint64], count: int, pages: list[memoryview]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,20 +32,17 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[int]:
             finally:
                 os.close(fd)
             return
-    fd, aside = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    # The name is known before the file is there: an interrupt in between leaves nothing either.
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    fd = -1
     try:
+        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         yield fd
-        os.fchmod(fd, 0o666 & ~_umask())
         os.fsync(fd)
-        Path(aside).rename(target)
+        aside.rename(target)
     except BaseException:
-        Path(aside).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
     finally:
-        os.close(fd)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+        if fd >= 0:
+            os.close(fd)

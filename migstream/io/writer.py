@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from migstream.io import fd as fdio
 from migstream.io.reader import Frame, Layer, Stream, Trailer
 from migstream.records import ByteOrder, Declaration, PageData, Record, libxc, libxl, padding_length
-from migstream.records.schema import Array
+from migstream.records.array import Array
 
 __all__ = ["StreamWriter", "copy_stream"]
 
@@ -57,9 +57,10 @@ class StreamWriter:
         each entry whose type has data, in order, as many buffers as it takes: contiguous pages in one
         buffer cost one vector. They are not copied.
         """
-        prefix = PageData(entries=entries, reserved1=reserved1).build(self.order)
-        length = len(prefix) + sum(memoryview(page).nbytes for page in pages)
-        self.write(self._frame(PageData.code, length), prefix, *pages, self._padding(length, None))
+        head = PageData.struct(self.order).pack(len(entries), reserved1)
+        octets = entries.in_order(self.order)
+        length = len(head) + len(octets) + sum(memoryview(page).nbytes for page in pages)
+        self.write(self._frame(PageData.code, length) + head, octets, *pages, self._padding(length, None))
 
     def copy(self, frame: Frame) -> None:
         """Write another stream's frame, of the same byte order, as it is, moved within the kernel.
@@ -91,7 +92,7 @@ class StreamWriter:
         self.record(libxc.End())
 
     def _frame(self, code: int, length: int) -> bytes:
-        return libxc.RecordHeader(type=code, length=length).build(self.order)
+        return libxc.RecordHeader.struct(self.order).pack(code, length)
 
     def _padding(self, length: int, given: bytes | None) -> bytes:
         return bytes(padding_length(length)) if given is None else given

@@ -10,8 +10,10 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from migstream.records.array import Array
+from migstream.records.fields import COUNTED, ByteOrder, array, reserved, u32
 from migstream.records.page_types import DATA_TYPES, PFN_MASK, RESERVED_MASK, TYPE_SHIFT
-from migstream.records.schema import COUNTED, Array, ByteOrder, Record, array, reserved, u32
+from migstream.records.schema import Record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -148,7 +150,7 @@ class Entries:
     def _array(self) -> npt.NDArray[np.uint64]:
         return Array(8, self.raw, self.order).numpy()
 
-    @property
+    @cached_property
     def pfns(self) -> npt.NDArray[np.uint64]:
         """The PFNs, uint64[n]."""
         import numpy as np
