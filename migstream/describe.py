@@ -11,8 +11,8 @@ from typing import Any
 
 from migstream.errors import FormatError
 from migstream.records import Array, Record, libxc, libxl
+from migstream.records.fields import WireField
 from migstream.records.hvm_params import HvmParam
-from migstream.records.schema import WireField
 from migstream.text import printable
 
 __all__ = ["describe"]

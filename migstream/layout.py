@@ -182,7 +182,9 @@ class Layout:
         A PV guest's P2M_FRAMES come before its pages; Xen infers from a PAGE_DATA all the same, and then
         refuses it for want of P2M_FRAMES.
         """
-        first = {PageData, libxc.X86PvP2mFrames} if self.guest is GuestType.PV else {PageData}
+        first: set[type[Record]] = {PageData}
+        if self.guest is GuestType.PV:
+            first.add(libxc.X86PvP2mFrames)
         return self.version < 3 and record in first and not self.static_data_ended
 
     def problems(self, record: type[Record], vcpu_id: int = 0) -> list[Problem]:

@@ -111,9 +111,9 @@ def rules() -> str:
     }
     parts = [
         "# The rules of `migstream verify`\n\n",
-        "Generated from `migstream/verify/rules.py` by `make spec`; do not edit. A stream is sound when none\n"
-        "of its findings is an error. Rules judge by the specification (Xen's docs/specs); each names the\n"
-        "section, or the file of Xen, that it stands on.\n",
+        "Generated from the table in the package's `verification/rules.py` by `make spec`; do not edit. A\n"
+        "stream is sound when none of its findings is an error. Rules judge by the specification (Xen's\n"
+        "docs/specs); each names the section, or the file of Xen, that it stands on.\n",
     ]
     for severity in Severity:
         chosen = [rule for rule in RULES.values() if rule.severity is severity]

@@ -578,8 +578,8 @@ def test_an_array_is_numpys_without_a_copy() -> None:
 
 
 def test_only_the_last_field_of_a_declaration_may_be_of_variable_length() -> None:
-    from migstream.records.schema import octets as octets_field
-    from migstream.records.schema import u32 as u32_field
+    from migstream.records.fields import octets as octets_field
+    from migstream.records.fields import u32 as u32_field
 
     with pytest.raises(TypeError, match="only the last field"):
 

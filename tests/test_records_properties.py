@@ -12,8 +12,8 @@ from hypothesis import given, settings
 
 from migstream.errors import FormatError
 from migstream.records import ByteOrder, Declaration, Record, array_of, libxc, libxl, xl
+from migstream.records.fields import WireField
 from migstream.records.page_data import PageData
-from migstream.records.schema import WireField
 
 
 def declarations() -> list[type[Declaration]]:

@@ -7,16 +7,10 @@
 from __future__ import annotations
 
 from migstream.records import libxc, libxl, xl
+from migstream.records.array import Array, array_of
+from migstream.records.fields import ByteOrder
 from migstream.records.page_data import PageData
-from migstream.records.schema import (
-    REGISTRY,
-    Array,
-    ByteOrder,
-    Declaration,
-    OpaqueRecord,
-    Record,
-    array_of,
-)
+from migstream.records.schema import REGISTRY, Declaration, OpaqueRecord, Record
 
 __all__ = [
     "MAX_RECORD_LENGTH",

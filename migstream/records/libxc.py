@@ -9,22 +9,11 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import ClassVar
 
+from migstream.records.array import Array
+from migstream.records.fields import COUNTED, ByteOrder, array, octets, reserved, u8, u16, u32, u64
 from migstream.records.hvm_params import HvmParam
 from migstream.records.page_data import PageData
-from migstream.records.schema import (
-    COUNTED,
-    Array,
-    ByteOrder,
-    Declaration,
-    Record,
-    array,
-    octets,
-    reserved,
-    u8,
-    u16,
-    u32,
-    u64,
-)
+from migstream.records.schema import Declaration, Record
 
 __all__ = [
     "BIG_ENDIAN",

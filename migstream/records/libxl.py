@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from enum import IntEnum
 
 from migstream.errors import FormatError
-from migstream.records.schema import ByteOrder, Declaration, Record, octets, u32, u64
+from migstream.records.fields import ByteOrder, octets, u32, u64
+from migstream.records.schema import Declaration, Record
 from migstream.text import decode
 
 __all__ = [

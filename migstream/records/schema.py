@@ -20,268 +20,29 @@ measurement behind that choice).
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from enum import IntEnum
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Literal,
-    Self,
-    TypeVar,
-    cast,
-    dataclass_transform,
-    overload,
-)
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 
 from migstream.errors import FormatError
+from migstream.records.array import Array, array_of
+from migstream.records.fields import (
+    COUNTED,
+    INT_CHAR,
+    MISSING,
+    ORDER_CHAR,
+    ByteOrder,
+    Octets,
+    WireField,
+    array,
+    octets,
+    reserved,
+    u8,
+    u16,
+    u32,
+    u64,
+)
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-__all__ = [
-    "COUNTED",
-    "REGISTRY",
-    "Array",
-    "ByteOrder",
-    "Declaration",
-    "Octets",
-    "OpaqueRecord",
-    "Record",
-    "WireField",
-    "array",
-    "array_of",
-    "octets",
-    "reserved",
-    "u8",
-    "u16",
-    "u32",
-    "u64",
-]
-
-ByteOrder = Literal["little", "big"]
-Octets = bytes | bytearray | memoryview
-
-_ORDER_CHAR: dict[ByteOrder, str] = {"little": "<", "big": ">"}
-_INT_CHAR = {1: "B", 2: "H", 4: "I", 8: "Q"}
-MISSING = object()  # a field without a default
-COUNTED = -1  # the default of a count field: take it from what it counts
-
-T = TypeVar("T")
-E = TypeVar("E", bound="int | Declaration")
-
-
-class WireField:
-    """One field as it stands on the wire.
-
-    ``size`` is in octets, of one element for an array, and 0 for octets that fill the body.
-    """
-
-    __slots__ = (
-        "counted_by",
-        "counts",
-        "default",
-        "doc",
-        "entry",
-        "kind",
-        "name",
-        "names",
-        "reserved",
-        "size",
-        "unit",
-    )
-
-    def __init__(
-        self,
-        kind: Literal["int", "octets", "array"],
-        size: int,
-        doc: str,
-        *,
-        default: object,
-        unit: str = "",
-        names: type[IntEnum] | None = None,
-        reserved: bool = False,
-        counts: str = "",
-        counted_by: str = "",
-        entry: type[Declaration] | None = None,
-    ) -> None:
-        self.name = ""  # the declaring class knows it
-        self.kind = kind
-        self.size = size
-        self.doc = doc
-        self.default = default
-        self.unit = unit
-        self.names = names
-        self.reserved = reserved
-        self.counts = counts
-        self.counted_by = counted_by
-        self.entry = entry
-
-    @property
-    def variable(self) -> bool:
-        """Whether its length depends on the record's body."""
-        return self.kind == "array" or self.size == 0 or bool(self.counted_by)
-
-    @property
-    def wire_type(self) -> str:
-        """The type as the tables in ``spec/`` name it, such as ``u32`` or ``u64[count]``."""
-        if self.kind == "int":
-            return f"u{8 * self.size}"
-        extent = self.counted_by or "..."
-        if self.kind == "octets":
-            return f"octets[{self.size or extent}]"
-        return f"{self.entry.__name__ if self.entry else f'u{8 * self.size}'}[{extent}]"
-
-    def label(self, value: int) -> str:
-        """Return the name of ``value`` where the field has names, else an empty string."""
-        if self.names is None:
-            return ""
-        try:
-            return self.names(value).name
-        except ValueError:
-            return ""
-
-
-def _int(size: int, doc: str, default: Any, **wire: Any) -> Any:
-    return WireField("int", size, doc, default=default, **wire)
-
-
-def u8(
-    doc: str, *, unit: str = "", names: type[IntEnum] | None = None, counts: str = "", default: Any = MISSING
-) -> Any:
-    """Declare an unsigned integer of one octet; ``counts`` names the array whose length it is."""
-    return _int(1, doc, default, unit=unit, names=names, counts=counts)
-
-
-def u16(
-    doc: str, *, unit: str = "", names: type[IntEnum] | None = None, counts: str = "", default: Any = MISSING
-) -> Any:
-    """Declare an unsigned integer of two octets, as `u8`."""
-    return _int(2, doc, default, unit=unit, names=names, counts=counts)
-
-
-def u32(
-    doc: str, *, unit: str = "", names: type[IntEnum] | None = None, counts: str = "", default: Any = MISSING
-) -> Any:
-    """Declare an unsigned integer of four octets, as `u8`."""
-    return _int(4, doc, default, unit=unit, names=names, counts=counts)
-
-
-def u64(
-    doc: str, *, unit: str = "", names: type[IntEnum] | None = None, counts: str = "", default: Any = MISSING
-) -> Any:
-    """Declare an unsigned integer of eight octets, as `u8`."""
-    return _int(8, doc, default, unit=unit, names=names, counts=counts)
-
-
-def reserved(size: int, *, default: int | bytes) -> Any:
-    """Declare a field that the specification reserves: zero on save, ignored on restore, kept here."""
-    kind: Literal["int", "octets"] = "int" if size in _INT_CHAR else "octets"
-    return WireField(kind, size, "reserved, zero", default=default, reserved=True)
-
-
-def octets(doc: str, *, size: int = 0, counted_by: str = "", default: Any = MISSING) -> Any:
-    """Declare raw octets: a fixed ``size``, as many as a field says, or (0) the rest of the body."""
-    return WireField("octets", size, doc, default=default, counted_by=counted_by)
-
-
-def array(entry: type[Declaration] | int, doc: str, *, counted_by: str = "", default: Any = MISSING) -> Any:
-    """Declare an array of declarations, or of integers of ``entry`` octets, to the end of the body."""
-    if isinstance(entry, int):
-        return WireField("array", entry, doc, default=default, counted_by=counted_by)
-    return WireField("array", entry.head_size, doc, default=default, counted_by=counted_by, entry=entry)
-
-
-class Array(Sequence[E]):
-    """A wire array: its octets, decoded element by element on access, or all at once by `numpy`.
-
-    Nothing is decoded when it is made, so a record may hold 128 MiB of entries at no cost.
-    """
-
-    __slots__ = ("_format", "entry", "order", "raw", "size")
-
-    def __init__(self, entry: type[Declaration] | int, raw: Octets, order: ByteOrder) -> None:
-        self.entry = entry
-        self.raw = memoryview(raw).cast("B") if len(raw) else memoryview(b"")
-        self.order = order
-        self.size = entry if isinstance(entry, int) else entry.head_size
-        self._format = _ORDER_CHAR[order] + _INT_CHAR[entry] if isinstance(entry, int) else ""
-
-    def __len__(self) -> int:
-        return len(self.raw) // self.size
-
-    @overload
-    def __getitem__(self, index: int) -> E: ...
-    @overload
-    def __getitem__(self, index: slice) -> Array[E]: ...
-    def __getitem__(self, index: int | slice) -> E | Array[E]:
-        if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            if step != 1:
-                raise ValueError("an Array is sliced in steps of 1")
-            return Array(self.entry, self.raw[start * self.size : stop * self.size], self.order)
-        position = range(len(self))[index] * self.size
-        octets_ = self.raw[position : position + self.size]
-        if isinstance(self.entry, int):
-            return cast(E, struct.unpack(self._format, octets_)[0])
-        return cast(E, self.entry.parse(octets_, self.order))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Array):
-            return NotImplemented
-        if self.order == other.order and self.entry == other.entry:
-            return self.raw == other.raw
-        return self.entry == other.entry and self.in_order(other.order) == other.raw
-
-    def __hash__(self) -> int:
-        return hash((self.entry, self.in_order("little")))
-
-    def __repr__(self) -> str:
-        entry = f"u{8 * self.size}" if isinstance(self.entry, int) else self.entry.__name__
-        return f"<Array of {len(self)} {entry}>"
-
-    def numpy(self) -> npt.NDArray[Any]:
-        """Return the elements as an array without copying: uint of ``entry`` octets, or a structure."""
-        import numpy as np
-
-        return np.frombuffer(self.raw, dtype=_dtype(self.entry, self.order))
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        import numpy as np
-
-        return np.array(self.numpy(), dtype=dtype, copy=copy)
-
-    def in_order(self, order: ByteOrder) -> bytes:
-        """Return the octets of the whole array in ``order``."""
-        if order == self.order or not self.raw:
-            return bytes(self.raw)
-        return self.numpy().astype(_dtype(self.entry, order)).tobytes()
-
-
-def array_of(entry: type[Declaration] | int, values: Iterable[Any]) -> Array[Any]:
-    """Make an `Array`: integers of ``entry`` octets, or declarations; a numpy array is taken whole."""
-    if hasattr(values, "dtype"):
-        import numpy as np
-
-        wire = np.asarray(values).astype(_dtype(entry, "little"))
-        return Array(entry, wire.tobytes(), "little")
-    if isinstance(entry, int):
-        integers = list(values)
-        return Array(entry, struct.pack(f"<{len(integers)}{_INT_CHAR[entry]}", *integers), "little")
-    return Array(entry, b"".join(value.build("little") for value in values), "little")
-
-
-def _dtype(entry: type[Declaration] | int, order: ByteOrder) -> np.dtype[Any]:
-    import numpy as np
-
-    sign = _ORDER_CHAR[order]
-    if isinstance(entry, int):
-        return np.dtype(f"{sign}u{entry}")
-    return np.dtype(
-        [(w.name, f"{sign}u{w.size}" if w.kind == "int" else f"V{w.size}") for w in entry.wire_fields]
-    )
-
+__all__ = ["REGISTRY", "Declaration", "OpaqueRecord", "Record"]
 
 _SURPLUS = WireField("octets", 0, "octets past the declared fields", default=b"")
 _SURPLUS.name = "surplus"
@@ -462,11 +223,11 @@ def _compile(cls: type[Declaration]) -> None:
     if variable and variable != [wires[-1]]:
         raise TypeError(f"{cls.__name__}: only the last field may be of variable length")
     head = wires[:-1] if variable else wires
-    codes = "".join(_INT_CHAR[w.size] if w.kind == "int" else f"{w.size}s" for w in head)
+    codes = "".join(INT_CHAR[w.size] if w.kind == "int" else f"{w.size}s" for w in head)
     cls.wire_fields = wires
     cls._head = head
     cls._tail = wires[-1] if variable else None
-    cls._structs = {order: struct.Struct(char + codes) for order, char in _ORDER_CHAR.items()}
+    cls._structs = {order: struct.Struct(char + codes) for order, char in ORDER_CHAR.items()}
     cls.head_size = cls._structs["little"].size
 
 
@@ -475,7 +236,7 @@ def _value_from_json(cls: type[Declaration], wire: WireField, value: Any) -> Any
         if wire.kind == "octets":
             return bytes.fromhex(value)
         if wire.kind == "int":
-            struct.pack(_ORDER_CHAR["little"] + _INT_CHAR[wire.size], value)  # refuses what does not fit
+            struct.pack(ORDER_CHAR["little"] + INT_CHAR[wire.size], value)  # refuses what does not fit
             return value
         if wire.entry:
             return array_of(wire.entry, [wire.entry.from_json(item) for item in value])

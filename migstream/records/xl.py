@@ -5,7 +5,8 @@ Source: Xen's tools/xl/xl.h (struct save_file_header) and tools/xl/xl_saverestor
 
 from __future__ import annotations
 
-from migstream.records.schema import COUNTED, Declaration, octets, u32
+from migstream.records.fields import COUNTED, octets, u32
+from migstream.records.schema import Declaration
 
 __all__ = [
     "BYTE_ORDER_MARK",
