@@ -14,9 +14,9 @@ import struct
 from collections.abc import Callable
 
 from migstream.errors import StreamError
-from migstream.inspect import Report, inspect
+from migstream.inspection import Report, inspect
 from migstream.io import reader
-from migstream.verify import verify
+from migstream.verification import verify
 
 __all__ = ["execute", "mutate", "seeds"]
 

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 from migstream._version import __version__
 
 if TYPE_CHECKING:
-    from migstream.engine import Missing, StreamType
+    from migstream.engines.common import Missing, StreamType
+    from migstream.engines.restore import RestoreCallbacks, RestoreResult, restore
+    from migstream.engines.save import SaveCallbacks, SaveResult, save
     from migstream.errors import (
         DeadlineError,
         FormatError,
@@ -31,17 +33,15 @@ if TYPE_CHECKING:
     from migstream.guests.image import ImageSource, ImageTarget
     from migstream.guests.model import ModelGuest
     from migstream.guests.protocols import RestoreTarget, SaveSource
-    from migstream.inspect import Report, inspect
+    from migstream.inspection import Report, inspect
     from migstream.io.reader import Frame, Layer, Stream, Trailer, open, open_memory
     from migstream.io.writer import StreamWriter, copy_stream
     from migstream.records import Array, OpaqueRecord, PageData, Record, array_of
-    from migstream.restore import RestoreCallbacks, RestoreResult, restore
-    from migstream.save import SaveCallbacks, SaveResult, save
-    from migstream.verify import Finding, Verdict, verify
+    from migstream.verification import Finding, Verdict, verify
 
 #: Public name -> the module it lives in.
 _HOMES = {
-    **dict.fromkeys(("Missing", "StreamType"), "engine"),
+    **dict.fromkeys(("Missing", "StreamType"), "engines.common"),
     **dict.fromkeys(
         ("DeadlineError", "FormatError", "GuestError", "MigstreamError", "StreamError", "TruncatedError"),
         "errors",
@@ -49,13 +49,13 @@ _HOMES = {
     **dict.fromkeys(("ImageSource", "ImageTarget"), "guests.image"),
     "ModelGuest": "guests.model",
     **dict.fromkeys(("RestoreTarget", "SaveSource"), "guests.protocols"),
-    **dict.fromkeys(("Report", "inspect"), "inspect"),
+    **dict.fromkeys(("Report", "inspect"), "inspection"),
     **dict.fromkeys(("Frame", "Layer", "Stream", "Trailer", "open", "open_memory"), "io.reader"),
     **dict.fromkeys(("StreamWriter", "copy_stream"), "io.writer"),
     **dict.fromkeys(("Array", "OpaqueRecord", "PageData", "Record", "array_of"), "records"),
-    **dict.fromkeys(("RestoreCallbacks", "RestoreResult", "restore"), "restore"),
-    **dict.fromkeys(("SaveCallbacks", "SaveResult", "save"), "save"),
-    **dict.fromkeys(("Finding", "Verdict", "verify"), "verify"),
+    **dict.fromkeys(("RestoreCallbacks", "RestoreResult", "restore"), "engines.restore"),
+    **dict.fromkeys(("SaveCallbacks", "SaveResult", "save"), "engines.save"),
+    **dict.fromkeys(("Finding", "Verdict", "verify"), "verification"),
 }
 
 __all__ = [

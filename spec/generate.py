@@ -18,7 +18,7 @@ from migstream.layout import TABLE, Required
 from migstream.records import Declaration, libxc, libxl, record_types, xl
 from migstream.records.hvm_params import HvmParam
 from migstream.records.page_types import PageType
-from migstream.verify.rules import RULES, Severity
+from migstream.verification.rules import RULES, Severity
 
 HERE = Path(__file__).parent
 MODULES = {"libxc": libxc, "libxl": libxl, "xl": xl}

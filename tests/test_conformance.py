@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from migstream.engine import CheckpointAction, Missing, StreamType
+from migstream.engines.common import CheckpointAction, Missing, StreamType
+from migstream.engines.restore import RestoreCallbacks, RestoreResult, restore
 from migstream.errors import GuestError, MigstreamError, StreamError
 from migstream.guests.model import ModelGuest
 from migstream.guests.protocols import RestoredRings
@@ -17,7 +18,6 @@ from migstream.io import reader
 from migstream.records import Record, libxc
 from migstream.records.hvm_params import HvmParam
 from migstream.records.libxc import GuestType
-from migstream.restore import RestoreCallbacks, RestoreResult, restore
 
 CASES = Path(__file__).parents[2] / "shared" / "conformance"
 PAGES = 4096  # 16 MiB, which holds every page that a case brings

@@ -18,19 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migstream.bitmap import PfnBitmap
-from migstream.channel import read_dirty_pfn_list
-from migstream.engine import CheckpointAction, StreamType
+from migstream.engines.channel import read_dirty_pfn_list
+from migstream.engines.common import CheckpointAction, StreamType
+from migstream.engines.policies import Decision, PrecopyStats
+from migstream.engines.restore import Outcome, RestoreCallbacks, RestoreResult, SpillError, restore
+from migstream.engines.save import SaveCallbacks, save
 from migstream.errors import StreamError
 from migstream.guests.compare import differing_pfns, differing_records
 from migstream.guests.model import ModelGuest
 from migstream.guests.protocols import RestoredRings
 from migstream.guests.workload import Workload
 from migstream.io import reader
-from migstream.policies import Decision, PrecopyStats
 from migstream.records import OPTIONAL, Record, libxc
 from migstream.records.libxc import GuestType
-from migstream.restore import Outcome, RestoreCallbacks, RestoreResult, SpillError, restore
-from migstream.save import SaveCallbacks, save
 
 from . import build
 from .streams import (

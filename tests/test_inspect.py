@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from migstream.inspect import Line, Report, inspect
+from migstream.inspection import Line, Report, inspect
 from migstream.io import reader
 from tests import build
 from tests.build import (

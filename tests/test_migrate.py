@@ -16,21 +16,28 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from migstream.channel import ChannelError
 from migstream.cli.demo import command as demo
 from migstream.cli.migrate import command as migrate_command
 from migstream.cli.save import command as save_command
-from migstream.engine import StreamType
+from migstream.engines.channel import ChannelError
+from migstream.engines.common import StreamType
+from migstream.engines.migrate import MigrateResult, Transport, migrate
+from migstream.engines.policies import (
+    Decision,
+    PrecopyPolicy,
+    PrecopyStats,
+    first_of,
+    max_iterations,
+    min_remaining,
+)
+from migstream.engines.restore import Outcome, RestoreCallbacks, RestoreResult, restore
+from migstream.engines.save import SaveCallbacks, SaveError, SaveResult, save
 from migstream.errors import GuestError, StreamError
 from migstream.guests.compare import content_equal, differing_pfns, differing_records
 from migstream.guests.model import ModelGuest
 from migstream.guests.workload import Workload
 from migstream.io.outputs import new_file
-from migstream.migrate import MigrateResult, Transport, migrate
-from migstream.policies import Decision, PrecopyPolicy, PrecopyStats, first_of, max_iterations, min_remaining
 from migstream.records.libxc import GuestType
-from migstream.restore import Outcome, RestoreCallbacks, RestoreResult, restore
-from migstream.save import SaveCallbacks, SaveError, SaveResult, save
 
 SLOW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -445,7 +452,7 @@ def test_demo_fails_when_a_page_differs(monkeypatch: pytest.MonkeyPatch) -> None
         target.memory.words[5, 3] ^= np.uint64(1)
         return result
 
-    monkeypatch.setattr("migstream.restore.restore", spoil)
+    monkeypatch.setattr("migstream.engines.restore.restore", spoil)
     code, stdout, _ = run(demo, "--size", "8")
     assert code == 1
     assert "1 differ\n  PFN 0x5 differs\n" in stdout

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migstream.policies import (
+from migstream.engines.policies import (
     POLICIES,
     Decision,
     PrecopyStats,

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migstream.cli.restore import command as restore_command
-from migstream.engine import Missing, StreamType
+from migstream.engines.common import Missing, StreamType
+from migstream.engines.restore import Outcome, RestoreCallbacks, RestoreResult, restore
 from migstream.errors import DeadlineError, GuestError, StreamError, TruncatedError
 from migstream.guests.model import ModelGuest
 from migstream.guests.protocols import RestoredRings
@@ -26,7 +27,6 @@ from migstream.io import reader
 from migstream.records import OPTIONAL, Record, array_of, libxc
 from migstream.records.libxc import GuestType
 from migstream.records.page_types import PageType
-from migstream.restore import Outcome, RestoreCallbacks, RestoreResult, restore
 
 from . import build
 from .streams import (

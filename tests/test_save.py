@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from migstream.bitmap import PfnBitmap
-from migstream.channel import ChannelError, TokenBucket, read_dirty_pfn_list
-from migstream.engine import StreamType
+from migstream.engines.channel import ChannelError, TokenBucket, read_dirty_pfn_list
+from migstream.engines.common import StreamType
+from migstream.engines.policies import Decision, PrecopyStats
+from migstream.engines.progress import JsonProgress
+from migstream.engines.save import SaveCallbacks, SaveError, save
 from migstream.errors import DeadlineError, FormatError, GuestError, TruncatedError
 from migstream.io import reader
-from migstream.policies import Decision, PrecopyStats
-from migstream.progress import JsonProgress
 from migstream.records.libxc import GuestType
-from migstream.save import SaveCallbacks, SaveError, save
 from tests.scripted_guest import ALLOCATE, BROKEN, HOLE, PAGE, Recorder, ScriptedGuest
 
 GO, STOP, ABORT = Decision.CONTINUE_PRECOPY, Decision.STOP_AND_COPY, Decision.ABORT

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migstream.io import reader
-from migstream.verify import RULES, Severity, Verdict, verify
+from migstream.verification import RULES, Severity, Verdict, verify
 from tests import build
 from tests.build import (
     CHECKPOINT,

@@ -9,7 +9,7 @@ import click
 
 from migstream.cli.common import reporting_errors
 from migstream.cli.save import tell
-from migstream.progress import PassReport, Progress
+from migstream.engines.progress import PassReport, Progress
 
 if TYPE_CHECKING:
     from migstream.guests.model import ModelGuest
@@ -47,12 +47,12 @@ def command(size_mib: int, guest_type: str, pages_per_second: int, seed: int) ->
     Exit code: 0 if memory, page types and records are equal, else 1.
     """
     with reporting_errors("demo"):
+        from migstream.engines.migrate import migrate
+        from migstream.engines.restore import restore
+        from migstream.engines.save import save
         from migstream.guests.model import ModelGuest
         from migstream.guests.workload import Workload
-        from migstream.migrate import migrate
         from migstream.records.libxc import GuestType
-        from migstream.restore import restore
-        from migstream.save import save
 
         n_pages = size_mib * MIB >> 12
         kind = GuestType[guest_type.upper()]

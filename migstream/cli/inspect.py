@@ -43,7 +43,7 @@ def command(
     """
     if as_records + as_json + as_jsonl + show_config > 1:
         raise click.UsageError("--records, --json, --jsonl and --config exclude each other")
-    from migstream.inspect import Report, inspect
+    from migstream.inspection import Report, inspect
 
     report = Report()
     with reporting_errors(file):

@@ -11,13 +11,13 @@ import click
 from migstream.cli.common import reporting_errors
 from migstream.cli.save import tell, telling_failure
 from migstream.cli.save_options import guest_and_policy_help, guest_type_option, save_callbacks, save_options
-from migstream.engine import CheckpointAction, StreamType
-from migstream.policies import PrecopyPolicy
-from migstream.progress import show
+from migstream.engines.common import CheckpointAction, StreamType
+from migstream.engines.policies import PrecopyPolicy
+from migstream.engines.progress import show
 
 if TYPE_CHECKING:
-    from migstream.restore import RestoreCallbacks, RestoreResult
-    from migstream.save import SaveResult
+    from migstream.engines.restore import RestoreCallbacks, RestoreResult
+    from migstream.engines.save import SaveResult
 
 
 @click.command(
@@ -71,11 +71,11 @@ def command(
         reporting_errors(f"{source_name} to {target_name}"),
         telling_failure(tells if as_json else None),
     ):
+        from migstream.engines.migrate import Transport, migrate
+        from migstream.engines.restore import restore
+        from migstream.engines.save import save
         from migstream.guests.registry import open_source, open_target
-        from migstream.migrate import Transport, migrate
         from migstream.records.libxc import GuestType
-        from migstream.restore import restore
-        from migstream.save import save
 
         kind = GuestType[guest_type.upper()]
         with (
@@ -116,7 +116,7 @@ def command(
 
 
 def _restore_callbacks() -> RestoreCallbacks:
-    from migstream.restore import RestoreCallbacks
+    from migstream.engines.restore import RestoreCallbacks
 
     def go_on() -> int:
         return CheckpointAction.CONTINUE

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import click
 
 from migstream.cli.common import fail, open_stream, reporting_errors, timeout_option
-from migstream.engine import StreamType
+from migstream.engines.common import StreamType
+from migstream.engines.progress import show
 from migstream.errors import MigstreamError, StreamError
-from migstream.progress import show
 from migstream.text import printable
 
 if TYPE_CHECKING:
-    from migstream.restore import RestoreCallbacks, RestoreResult
+    from migstream.engines.restore import RestoreCallbacks, RestoreResult
 
 
 @click.command(
@@ -85,10 +85,10 @@ def command(
     kind = StreamType(stream_type)
     if kind is StreamType.COLO and back_channel is None:
         raise click.UsageError("--type colo needs --back-channel FD, where lists of dirty pages go")
+    from migstream.engines.restore import RestoreResult, read_guest_type, restore
     from migstream.guests.kind import GuestSpecError
     from migstream.guests.registry import open_target, parse
     from migstream.records.libxc import GuestType
-    from migstream.restore import RestoreResult, read_guest_type, restore
 
     result = RestoreResult()
     with reporting_errors(source):
@@ -128,7 +128,7 @@ def command(
 
 def _callbacks(result: RestoreResult, *, as_json: bool) -> RestoreCallbacks:
     """Return callbacks that go on with everything; nobody runs the guest meanwhile."""
-    from migstream.restore import RestoreCallbacks
+    from migstream.engines.restore import RestoreCallbacks
 
     def checkpoint() -> int:
         if as_json:
@@ -163,7 +163,7 @@ def _as_json(result: RestoreResult, error: OSError | MigstreamError | None) -> d
 
 
 def _tell(result: RestoreResult) -> None:
-    from migstream.restore import Outcome
+    from migstream.engines.restore import Outcome
 
     rate = result.pages * 4096 / 1e6 / result.seconds if result.seconds > 0 else 0.0
     checkpoints = f", {result.checkpoints} checkpoints" if result.checkpoints else ""

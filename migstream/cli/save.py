@@ -13,15 +13,15 @@ import click
 
 from migstream.cli.common import reporting_errors
 from migstream.cli.save_options import guest_and_policy_help, guest_type_option, save_callbacks, save_options
-from migstream.engine import StreamType
+from migstream.engines.common import StreamType
+from migstream.engines.policies import PrecopyPolicy
+from migstream.engines.progress import show
 from migstream.errors import MigstreamError, StreamError
 from migstream.io.outputs import new_file
-from migstream.policies import PrecopyPolicy
-from migstream.progress import show
 from migstream.text import printable
 
 if TYPE_CHECKING:
-    from migstream.save import SaveResult
+    from migstream.engines.save import SaveResult
 
 STDOUT = 1
 
@@ -81,9 +81,9 @@ def command(
         raise click.UsageError(f"--type {stream_type.value} into a file needs --checkpoints N")
     tells = sys.stderr if out == "-" or not as_json else sys.stdout
     with reporting_errors(guest), telling_failure(tells if as_json else None):
+        from migstream.engines.save import owning, save
         from migstream.guests.registry import open_source
         from migstream.records.libxc import GuestType
-        from migstream.save import owning, save
 
         with (
             open_source(guest, GuestType[guest_type.upper()]) as source,

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from migstream.engine import StreamType
+from migstream.engines.common import StreamType
+from migstream.engines.policies import POLICIES, PrecopyPolicy, parse_policies
 from migstream.guests.registry import describe
-from migstream.policies import POLICIES, PrecopyPolicy, parse_policies
 
 if TYPE_CHECKING:
-    from migstream.save import SaveCallbacks
+    from migstream.engines.save import SaveCallbacks
 
 __all__ = ["guest_and_policy_help", "guest_type_option", "save_callbacks", "save_options"]
 
@@ -138,7 +138,7 @@ def save_callbacks(
     stream_type: StreamType, policy: PrecopyPolicy | None, checkpoints: int | None, interval_ms: int
 ) -> SaveCallbacks:
     """Return callbacks that wait for the interval between checkpoints and end behind ``checkpoints``."""
-    from migstream.save import SaveCallbacks
+    from migstream.engines.save import SaveCallbacks
 
     left = itertools.count() if checkpoints is None else iter(range(checkpoints - 1))
 

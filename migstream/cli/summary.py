@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from migstream.inspect import Report
+from migstream.inspection import Report
 from migstream.records import libxc, xl
 from migstream.text import printable, size
 

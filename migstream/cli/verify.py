@@ -8,8 +8,8 @@ import click
 
 from migstream.cli.common import open_stream, reporting_errors, timeout_option
 from migstream.text import printable
-from migstream.verify.findings import KEPT_PER_RULE, Verdict
-from migstream.verify.rules import RULES, Severity
+from migstream.verification.findings import KEPT_PER_RULE, Verdict
+from migstream.verification.rules import RULES, Severity
 
 
 @click.command(
@@ -53,7 +53,7 @@ def command(
         return
     if file is None:
         raise click.UsageError("Missing argument 'FILE|-'.", ctx)
-    from migstream.verify import verify
+    from migstream.verification import verify
 
     with reporting_errors(file):
         with open_stream(file, timeout_s) as stream:

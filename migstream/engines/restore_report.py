@@ -10,9 +10,9 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
-from migstream.engine import Missing
+from migstream.engines.common import Missing
+from migstream.engines.progress import PassKind, PassReport, PassStart, Progress
 from migstream.io.reader import Frame
-from migstream.progress import PassKind, PassReport, PassStart, Progress
 from migstream.records import PageData, Record, libxl
 
 __all__ = ["MISMATCHES_LISTED", "LibxlRecords", "Outcome", "Passes", "RestoreResult"]

@@ -25,13 +25,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
 from migstream.bitmap import PfnBitmap
-from migstream.channel import ChannelError, SendingChannel, read_dirty_pfn_list
-from migstream.engine import StreamType
+from migstream.engines.channel import ChannelError, SendingChannel, read_dirty_pfn_list
+from migstream.engines.common import StreamType
+from migstream.engines.policies import Decision, PrecopyPolicy, PrecopyStats, xen_default
+from migstream.engines.progress import PassKind, Progress
+from migstream.engines.save_passes import MemoryPasses
 from migstream.errors import GuestError, MigstreamError
 from migstream.guests.protocols import PAGE_SIZE, SaveSource
-from migstream.memory_passes import MemoryPasses
-from migstream.policies import Decision, PrecopyPolicy, PrecopyStats, xen_default
-from migstream.progress import PassKind, Progress
 from migstream.records import libxc
 
 __all__ = [

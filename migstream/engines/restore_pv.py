@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from migstream.engines.restore_checks import CONTEXT_RULES, refusal
 from migstream.errors import FormatError, RecordRef, StreamError
 from migstream.guests.protocols import RestoreTarget
 from migstream.io.reader import Frame
 from migstream.records import libxc
 from migstream.records.page_types import PageType, type_name
 from migstream.records.pv_state import GDT_ENTRIES_MAX, PV_LAYOUTS, PvLayout
-from migstream.restore_checks import CONTEXT_RULES, refusal
 
 __all__ = ["PvState"]
 

@@ -31,20 +31,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from migstream.bitmap import PfnBitmap
-from migstream.channel import send_dirty_pfn_list
-from migstream.engine import CheckpointAction, Missing, StreamType
+from migstream.engines.channel import send_dirty_pfn_list
+from migstream.engines.common import CheckpointAction, Missing, StreamType
+from migstream.engines.progress import PassKind, Progress
+from migstream.engines.restore_checks import check_headers, check_place, check_record_limit, refusal
+from migstream.engines.restore_records import RecordApplier
+from migstream.engines.restore_report import MISMATCHES_LISTED, LibxlRecords, Outcome, Passes, RestoreResult
+from migstream.engines.restore_spill import CheckpointSpill, SpillError
 from migstream.errors import DeadlineError, FormatError, GuestError, StreamError
 from migstream.guests.protocols import PAGE_SIZE, RestoredRings, RestoreTarget
 from migstream.io import reader
 from migstream.io.reader import Frame, Layer, Stream
 from migstream.layout import Layout
-from migstream.progress import PassKind, Progress
 from migstream.records import libxc, libxl
 from migstream.records.libxc import GuestType
-from migstream.restore_checks import check_headers, check_place, check_record_limit, refusal
-from migstream.restore_records import RecordApplier
-from migstream.restore_report import MISMATCHES_LISTED, LibxlRecords, Outcome, Passes, RestoreResult
-from migstream.restore_spill import CheckpointSpill, SpillError
 
 __all__ = ["Outcome", "RestoreCallbacks", "RestoreResult", "SpillError", "read_guest_type", "restore"]
 

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from migstream.bitmap import PfnBitmap
-from migstream.channel import SendingChannel
+from migstream.engines.channel import SendingChannel
+from migstream.engines.progress import PassKind, PassReport, PassStart, Progress
 from migstream.errors import GuestError
 from migstream.guests.protocols import PAGE_SIZE, SaveSource
-from migstream.progress import PassKind, PassReport, PassStart, Progress
 from migstream.records import array_of
 from migstream.records.libxc import GuestType
 from migstream.records.page_types import DATA_TYPES, TYPE_SHIFT, PageType

@@ -11,7 +11,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from migstream.engine import Missing
+from migstream.engines.common import Missing
+from migstream.engines.restore_checks import check_length, check_place, refusal
+from migstream.engines.restore_pages import PageReceiver
+from migstream.engines.restore_pv import CONNECTION, DISCONNECTED, PvState
 from migstream.errors import GuestError, StreamError
 from migstream.guests.protocols import PAGE_SIZE, RestoredRings, RestoreTarget
 from migstream.io.reader import Frame
@@ -19,9 +22,6 @@ from migstream.layout import Layout
 from migstream.records import PageData, Record, array_of, libxc
 from migstream.records.hvm_params import HvmParam
 from migstream.records.libxc import GuestType
-from migstream.restore_checks import check_length, check_place, refusal
-from migstream.restore_pages import PageReceiver
-from migstream.restore_pv import CONNECTION, DISCONNECTED, PvState
 
 __all__ = ["RecordApplier"]
 

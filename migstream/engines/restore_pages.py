@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from migstream.bitmap import PfnBitmap
+from migstream.engines.restore_checks import refusal
 from migstream.guests.protocols import PAGE_SIZE, RestoreTarget
 from migstream.io.reader import Frame
 from migstream.records.page_data import Entries, PageData
 from migstream.records.page_types import PageType, type_name
-from migstream.restore_checks import refusal
 
 __all__ = ["PageReceiver"]
 

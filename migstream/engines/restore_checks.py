@@ -1,7 +1,7 @@
 """What restore refuses in single records: lengths, as one table, and how a refusal tells its place.
 
 Source: the length checks of tools/libs/guest/xg_sr_restore*.c and xg_sr_common_x86.c. Where a record may
-stand is `migstream.layout`'s; what holds a PV guest together is `migstream.restore_pv`'s.
+stand is `migstream.layout`'s; what holds a PV guest together is `migstream.engines.restore_pv`'s.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from migstream.errors import RecordRef
-from migstream.verify.rules import RULES, Rule, Severity
+from migstream.verification.rules import RULES, Rule, Severity
 
 __all__ = ["Finding", "Verdict"]
 

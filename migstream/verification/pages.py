@@ -9,7 +9,7 @@ from migstream.io.reader import Frame
 from migstream.records import PageData
 from migstream.records.page_data import Entries, PfnRun
 from migstream.records.page_types import DATA_TYPES, PageType, type_name
-from migstream.verify.fields import Complaint
+from migstream.verification.fields import Complaint
 
 __all__ = ["PageContext", "check_page_data"]
 

@@ -14,10 +14,10 @@ from migstream.io.reader import Frame, Layer, Stream, Trailer
 from migstream.layout import Kind, Layout
 from migstream.records import MAX_RECORD_LENGTH, libxc, libxl, xl
 from migstream.records.libxc import GuestType
-from migstream.verify.fields import check_fields
-from migstream.verify.findings import Finding, Verdict
-from migstream.verify.pages import PageContext, check_page_data
-from migstream.verify.rules import RULES, Rule, Severity
+from migstream.verification.fields import check_fields
+from migstream.verification.findings import Finding, Verdict
+from migstream.verification.pages import PageContext, check_page_data
+from migstream.verification.rules import RULES, Rule, Severity
 
 __all__ = ["RULES", "Finding", "Rule", "Severity", "Verdict", "verify"]
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from migstream.channel import ChannelError
+from migstream.engines.channel import ChannelError
+from migstream.engines.restore import RestoreResult
+from migstream.engines.save import SaveResult, owning
 from migstream.guests.protocols import SaveSource
-from migstream.restore import RestoreResult
-from migstream.save import SaveResult, owning
 
 __all__ = ["Channel", "MigrateResult", "Receiver", "Sender", "Transport", "migrate", "open_channel"]
 

@@ -1,7 +1,7 @@
 """What is in a stream: layers, records, pages, passes, static data, config.
 
-`inspect` walks a stream once and adds everything up; it never judges (`migstream.verify` does) and never
-gives up on what it can frame. `Report.to_json` is the documented form: ``spec/inspect.md``.
+`inspect` walks a stream once and adds everything up; it never judges (`migstream.verification` does) and
+never gives up on what it can frame. `Report.to_json` is the documented form: ``spec/inspect.md``.
 """
 
 from __future__ import annotations
