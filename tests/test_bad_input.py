@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 
 from migstream.errors import FormatError, RecordRef, StreamError, TruncatedError
-from migstream.io import reader
+from migstream.io import layers, reader
 from migstream.io.reader import Frame, Stream, Trailer
 from migstream.records import MAX_RECORD_LENGTH, libxl
 from tests import build
@@ -270,7 +270,7 @@ def test_a_count_larger_than_its_record_is_refused_with_its_place(
     )
 
 
-@pytest.mark.parametrize("length", [1 << 32 - 1, 0xFFFF_FFFF, reader.MAX_OPTIONAL_DATA + 1])
+@pytest.mark.parametrize("length", [1 << 32 - 1, 0xFFFF_FFFF, layers.MAX_OPTIONAL_DATA + 1])
 def test_an_xl_header_that_announces_a_huge_config_is_refused(length: int) -> None:
     numbers = struct.pack("<IIII", 0x01020304, 3, 0, length)
     octets = b"Xen saved domain, xl format\n \0 \r" + numbers + bytes(100)
@@ -300,7 +300,7 @@ def test_hostile_streams_are_read_within_64_mib() -> None:
     script = """
 import resource, struct, sys
 from migstream.errors import StreamError
-from migstream.io import reader
+from migstream.io import layers, reader
 import numpy
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), used + (64 << 20)))
