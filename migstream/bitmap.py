@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PfnBitmap"]
 
+RUN_LIMIT = 1 << 16  # PFNs of a run whose bits are handled as one integer
 BLOCK = 64 << 10  # octets scanned at a time (512 Ki PFNs): stays in a core's cache
 
 
@@ -101,10 +102,24 @@ class PfnBitmap:
             raise IndexError(f"PFN {int(pfns.max()):#x} is not below {self.size:#x}")
         return pfns.astype(np.int64)
 
+    def _as_run(self, pfns: npt.NDArray[np.uint64]) -> tuple[int, int] | None:
+        """Return (first, count) where ``pfns`` are consecutive, as in most batches of a first pass."""
+        count = len(pfns)
+        if not 1 < count <= RUN_LIMIT:
+            return None
+        first, last = int(pfns[0]), int(pfns[-1])
+        if last - first != count - 1 or last >= self.size or not (pfns[1:] > pfns[:-1]).all():
+            return None
+        return first, count
+
     def test(self, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         """Return which of ``pfns``, uint64[n], are in the set, bool[n]. Raises `IndexError` past the size."""
         import numpy as np
 
+        if run := self._as_run(pfns):
+            first, count = run
+            bits = np.unpackbits(self.octets[first >> 3 : (first + count + 7) >> 3], bitorder="little")
+            return bits[first & 7 : (first & 7) + count].view(np.bool_)
         at = self._checked(pfns)
         found: npt.NDArray[np.bool_] = (self.octets[at >> 3] >> (at & 7).astype(np.uint8)) & np.uint8(1) != 0
         return found
@@ -113,6 +128,8 @@ class PfnBitmap:
         """Add ``pfns``, uint64[n] in any order; return how many were new. Raises `IndexError`."""
         import numpy as np
 
+        if run := self._as_run(pfns):
+            return self.add_run(*run)
         fresh = pfns[~self.test(pfns)].astype(np.int64)
         if not (fresh[1:] > fresh[:-1]).all():  # what is ascending, as most batches are, holds none twice
             fresh = np.unique(fresh)

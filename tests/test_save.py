@@ -18,7 +18,7 @@ from migstream.bitmap import PfnBitmap
 from migstream.engines.channel import ChannelError, TokenBucket, read_dirty_pfn_list
 from migstream.engines.common import StreamType
 from migstream.engines.policies import Decision, PrecopyStats
-from migstream.engines.progress import JsonProgress
+from migstream.engines.progress import JsonProgress, show
 from migstream.engines.save import SaveCallbacks, SaveError, save
 from migstream.errors import DeadlineError, FormatError, GuestError, TruncatedError
 from migstream.io import reader
@@ -598,6 +598,31 @@ def test_every_pass_is_reported_as_one_line_of_json(recorder: Recorder) -> None:
     ]
     assert lines[1]["octets"] == 16 + 60 * (8 + PAGE)
     assert json.loads(json.dumps(result.to_json()))["stream_type"] == "plain"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_every_pass_leaves_a_line_but_checkpoints_do_not(recorder: Recorder) -> None:
+    out = Terminal()
+    guest = ScriptedGuest(recorder, dirtied=[range(60), range(3), [1], [2]])
+    callbacks = SaveCallbacks(checkpoint=recorder.answers("checkpoint", 1, 0))
+    with show(out) as progress:
+        save(guest, recorder.fd, stream_type=StreamType.REMUS, callbacks=callbacks, progress=progress)
+    text = out.getvalue()
+    for line in ("precopy 0: 64 pages in", "precopy 1: 60 pages in", "stop-and-copy 3: 1 pages in"):
+        assert line in text
+    assert "0 pages left" in text
+    assert "checkpoint 4:" not in text
+
+
+def test_where_nobody_looks_nothing_is_shown(recorder: Recorder) -> None:
+    out = io.StringIO()
+    with show(out) as progress:
+        save(ScriptedGuest(recorder), recorder.fd, progress=progress)
+    assert out.getvalue() == ""
 
 
 def test_policies_get_measured_rates(recorder: Recorder) -> None:

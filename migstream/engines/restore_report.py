@@ -14,6 +14,7 @@ from migstream.engines.common import Missing
 from migstream.engines.progress import PassKind, PassReport, PassStart, Progress
 from migstream.io.reader import Frame
 from migstream.records import PageData, Record, libxl
+from migstream.records.page_types import PFN_MASK
 
 __all__ = ["MISMATCHES_LISTED", "LibxlRecords", "Outcome", "Passes", "RestoreResult"]
 
@@ -96,8 +97,8 @@ class Passes:
         """Tell of one PAGE_DATA record that was applied, ``pages`` of it with content."""
         record = frame.record()
         assert isinstance(record, PageData)
-        pfns = record.unpacked
-        first, last = int(pfns.pfns[0]), int(pfns.pfns[-1])
+        entries = record.entries
+        first, last = entries[0] & PFN_MASK, entries[-1] & PFN_MASK
         if self._kind is not None and (first <= self._last_pfn or kind != self._kind):
             self.close()
         if self._kind is None:
@@ -105,7 +106,7 @@ class Passes:
             self._started = time.monotonic()
             self._progress.begin(PassStart(kind, self._number, None))
         self._last_pfn = last
-        self._pages += len(pfns)
+        self._pages += len(entries)
         self._octets += frame.length
         self._progress.advance(pages, frame.length)
 
