@@ -73,7 +73,12 @@ class ModelGuest(Machine):
 
     @classmethod
     def empty(
-        cls, n_pages: int, guest_type: GuestType = GuestType.HVM, *, seed: int = 1, memory_limit: int | None = None
+        cls,
+        n_pages: int,
+        guest_type: GuestType = GuestType.HVM,
+        *,
+        seed: int = 1,
+        memory_limit: int | None = None,
     ) -> Self:
         """Make a machine without memory to restore to; ``memory_limit`` is how many pages the host has."""
         return cls(n_pages, guest_type, seed=seed, memory_limit=memory_limit)
