@@ -13,7 +13,8 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from migstream.cli import COMMANDS, main
+from migstream.cli import COMMANDS, help_text
+from migstream.cli.group import group
 from tests import build
 from tests.build import DATA, SHARED
 
@@ -21,7 +22,7 @@ REAL = DATA / "tinypv-save-p.xl.zst"
 
 
 def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
+    return CliRunner().invoke(group, [str(arg) for arg in args])
 
 
 def migstream(*args: str, input: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -50,27 +51,33 @@ def test_each_command_has_the_help_line_that_the_group_shows() -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
+    heavy = ("click", "numpy", "rich", "zstandard", "json", "migstream.records")
     code = (
-        "import sys; from migstream.cli import main; main(['--help'], standalone_mode=False); "
-        "print([m for m in ('numpy', 'rich', 'zstandard', 'json', 'migstream.records') if m in sys.modules])"
+        f"import sys; from migstream.cli import main; main(); print([m for m in {heavy} if m in sys.modules])"
     )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
-    assert shown.stdout.rstrip().endswith("[]")
+    for option in ("--help", "-h"):
+        shown = subprocess.run(
+            [sys.executable, "-c", code, option], capture_output=True, check=True, text=True
+        )
+        assert shown.stdout == f"{help_text()}[]\n"
+    assert run("--help").output == help_text()
 
 
-def test_inspect_of_plain_runs_does_without_numpy() -> None:
+def test_inspect_and_verify_of_plain_runs_do_without_numpy(tmp_path: Path) -> None:
+    path = tmp_path / "runs"
+    runs = [build.page_data(list(range(at, at + 3)), build.page(7) * 3) for at in (0, 3, 6)]
+    path.write_bytes(
+        build.header() + build.record(build.STATIC_DATA_END) + b"".join(runs) + build.record(build.END)
+    )
     code = (
-        "import sys; from migstream.cli import main; main(['inspect', sys.argv[1]], standalone_mode=False); "
+        "import sys; from migstream.cli.group import group; group(sys.argv[1:], standalone_mode=False); "
         "print([m for m in ('numpy', 'rich') if m in sys.modules])"
     )
-    shown = subprocess.run(
-        [sys.executable, "-c", code, str(DATA / "tinypvb8-xsave-save-c2.xl.zst")],
-        capture_output=True,
-        check=True,
-        text=True,
-    )
-    assert "['numpy']" in shown.stdout  # page tables and holes break the runs here,
-    assert "rich" not in shown.stdout.splitlines()[-1]
+    for args in (["inspect"], ["verify", "-q"]):
+        shown = subprocess.run(
+            [sys.executable, "-c", code, *args, str(path)], capture_output=True, check=True, text=True
+        )
+        assert shown.stdout.splitlines()[-1] == "[]"
 
 
 def test_inspect_shows_layers_guest_pages_and_config() -> None:
@@ -237,8 +244,8 @@ def test_memory_stays_flat_whatever_the_stream(tmp_path: Path) -> None:
         out.write(build.record(build.END))
     code = (
         "import resource, sys, numpy; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "from migstream.cli import main\n"
-        "try: main(sys.argv[1:], standalone_mode=False)\n"
+        "from migstream.cli.group import group\n"
+        "try: group(sys.argv[1:], standalone_mode=False)\n"
         "except SystemExit: pass\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, file=sys.stderr)"
     )

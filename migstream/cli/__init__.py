@@ -1,18 +1,14 @@
 """The command line: one file a subcommand, imported when it is called.
 
-`migstream --help` has to answer at once, so the table below holds each command's one-line help; a test
-compares it with the command's own.
+``migstream --help`` has to answer at once, so this file needs nothing but the table below; a test compares
+each line with the command's own help.
 """
 
 from __future__ import annotations
 
-import importlib
+import sys
 
-import click
-
-from migstream._version import __version__
-
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "help_text", "main"]
 
 #: Command -> its line in ``migstream --help``. Its module has its name and defines ``command``.
 COMMANDS = {
@@ -25,34 +21,34 @@ COMMANDS = {
 }
 
 
-class _LazyGroup(click.Group):
-    """A group whose commands are imported when they are asked for."""
+def help_text() -> str:
+    """Return what ``migstream --help`` prints."""
+    width = max(map(len, COMMANDS)) + 2
+    commands = "".join(f"  {name:{width}}{line}\n" for name, line in COMMANDS.items())
+    return f"""\
+Usage: migstream [OPTIONS] COMMAND [ARGS]...
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+  Read, check, build and run Xen migration streams.
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        command = importlib.import_module(f"migstream.cli.{cmd_name.replace('-', '_')}").command
-        assert isinstance(command, click.Command)
-        return command
+  A stream is what Xen writes when a domain is saved, checkpointed or migrated: an xl save file, a libxl
+  stream or a bare libxc image. The layers are detected. FILE may be '-' for standard input, and may be
+  compressed by zstd, gzip or xz.
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+Commands:
+{commands}
+Options:
+  -V, --version  Show the version and exit.
+  -h, --help     Show this message and exit.
+
+'migstream COMMAND --help' has the options and examples of a command.
+"""
 
 
-@click.command(
-    cls=_LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="FILE may be '-' for standard input, and may be compressed by zstd, gzip or xz. "
-    "'migstream COMMAND --help' has the options and examples of a command.",
-)
-@click.version_option(__version__, "-V", "--version", prog_name="migstream")
 def main() -> None:
-    """Read, check, build and run Xen migration streams.
+    """Run the command line."""
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        sys.stdout.write(help_text())
+        return
+    from migstream.cli.group import group
 
-    A stream is what Xen writes when a domain is saved, checkpointed or migrated: an xl save file, a libxl
-    stream or a bare libxc image. The layers are detected.
-    """
+    group(prog_name="migstream")
