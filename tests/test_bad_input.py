@@ -380,8 +380,25 @@ def test_legacy_streams_are_named_with_their_toolstack_and_guest(
     assert (
         f"a legacy (version 1) libxc stream of a {8 * word}-bit toolstack and {guest} guest" in error.message
     )
-    assert "convert-legacy-stream" in error.message
+    assert "migstream convert" in str(error)
     assert error.layer == (None if wrap is bytes else "xl")
+
+
+def test_a_legacy_stream_is_left_unread_for_who_can_convert_it() -> None:
+    octets = legacy(4, struct.pack("<i", 1024))
+    for wrap, layers_around in ((bytes, []), (lambda octets: build.xl(octets, flags=1), ["xl"])):
+        wrapped = wrap(octets)
+        with fed(wrapped) as descriptor, reader.open(descriptor) as stream:
+            with pytest.raises(FormatError, match="legacy"):
+                walk(stream)
+            assert stream.legacy
+            assert [layer.name for layer in stream.layers] == layers_around
+            assert stream.position == len(wrapped) - len(octets)
+            assert stream.input.read(1 << 10) == octets
+    with reader.open_memory(b"QEVM" + bytes(60)) as stream:
+        with pytest.raises(FormatError):
+            walk(stream)
+        assert not stream.legacy
 
 
 def test_a_foreign_format_inside_a_layer_is_named_with_the_layer() -> None:

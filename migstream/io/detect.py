@@ -17,9 +17,10 @@ from migstream.io import fd as fdio
 from migstream.io.inputs import CodecInput, CodecReader, DescriptorInput, FileInput, Input
 from migstream.records import libxc, libxl, xl
 
-__all__ = ["layer_at", "open_input"]
+__all__ = ["LEGACY_MARK", "layer_at", "legacy_kind", "open_input"]
 
 MAX_WINDOW = 128 << 20  # octets of history that compressed data may ask for: zstd's own --long default
+LEGACY_MARK = 12  # octets by which a legacy stream is told
 UNPACK_CHUNK = 128 << 10  # octets of compressed data taken at a time
 LIBXC_MAGIC = libxc.MARKER.to_bytes(8, "big") + libxc.IMAGE_ID.to_bytes(4, "big")
 LIBXL_MAGIC = libxl.IDENT.to_bytes(8, "big")
@@ -216,7 +217,13 @@ def layer_at(source: Input, *, inside: str | None = None) -> str:
                 offset=offset + len(start),
                 layer=name,
             )
-    raise FormatError(f"expected {expected}, found {describe(source.peek(64))}", offset=offset, layer=inside)
+    start = source.peek(64)
+    raise FormatError(
+        f"expected {expected}, found {describe(start)}",
+        offset=offset,
+        layer=inside,
+        hint="'migstream convert' turns it into the present format" if legacy_kind(start) else None,
+    )
 
 
 def describe(start: bytes) -> str:
@@ -226,18 +233,17 @@ def describe(start: bytes) -> str:
             return name
     if start.startswith(b"\xff" * 8):
         return f"a libxc marker whose id is {start[8:12].hex() or 'cut off'} instead of 58454e46 (XENF)"
-    legacy = _legacy(start)
+    legacy = legacy_kind(start)
     if legacy:
         return (
-            f"what looks like a legacy (version 1) libxc stream of {legacy}, as Xen 4.5 and earlier wrote "
-            "it; Xen's convert-legacy-stream turns it into this format"
+            f"what looks like a legacy (version 1) libxc stream of {legacy}, as Xen 4.5 and earlier wrote it"
         )
     if re.fullmatch(rb"[\t\n\r\x20-\x7e]+", start):
         return f"text: {start[:24].decode('ascii')!r}"
     return f"unknown octets {start[:16].hex(' ')}"
 
 
-def _legacy(start: bytes) -> str:
+def legacy_kind(start: bytes) -> str:
     """Say which toolstack and guest a legacy stream is from, or return an empty string for none.
 
     Source: the specification's section Legacy Images, and xc_domain_save of Xen 4.4. It starts with the

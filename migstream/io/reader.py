@@ -15,6 +15,10 @@ pipe is drained.
 Which layer the next record belongs to follows from the one before it, as a table says (`_NEXT`):
 libxc's END hands back to libxl; so does CHECKPOINT, and libxl's CHECKPOINT_END hands to libxc again,
 without new headers. Where the layer that should go on is not open, the present one stays.
+
+A legacy (version 1) libxc stream, bare or inside an envelope, is not walked: reading raises a `FormatError`
+that names it, `Stream.legacy` is true from then on, and nothing of it was consumed: `Stream.input` stands at
+its first octet, for who can convert it. The layers around it, with their config, were handed out before.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from types import TracebackType
 from typing import Self
 
 from migstream.errors import FormatError, TruncatedError
-from migstream.io.detect import open_input
+from migstream.io.detect import LEGACY_MARK, legacy_kind, open_input
 from migstream.io.frame import Frame, PageHead, Payload, Trailer
 from migstream.io.inputs import Input, MemoryInput
 from migstream.io.layers import Layer, read_layer
@@ -62,6 +66,8 @@ class Stream:
     where the last of them ends. After the last frame, ``ending`` says how the stream ended: ``end`` (an
     END record) or ``checkpoint`` (the input ended between two records behind a complete checkpoint, as
     it does when the sender of a checkpointed stream dies: what follows the checkpoint is void).
+
+    ``legacy`` is true once a legacy stream was met, at which ``input`` then stands.
     """
 
     def __init__(self, source: Input) -> None:
@@ -71,6 +77,7 @@ class Stream:
         self.checkpoint_offset = 0
         self.run_templates = RunTemplates()  # for recognising PAGE_DATA's runs, frame after frame
         self.ending: str | None = None
+        self.legacy = False
         self._open: dict[str, Layer] = {}  # by name: the layers whose records may go on
         self._at_checkpoint = False
         self._walker: Iterator[Layer | Frame] | None = None
@@ -211,7 +218,11 @@ class Stream:
                 offset=self.position,
                 layer=inside,
             )
-        layer = read_layer(self.input, inside)
+        try:
+            layer = read_layer(self.input, inside)
+        except FormatError:
+            self.legacy = bool(legacy_kind(self.input.peek(LEGACY_MARK)))
+            raise
         self.layers.append(layer)
         self._open[layer.name] = layer
         return layer
