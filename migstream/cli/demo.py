@@ -68,7 +68,7 @@ def command(size_mib: int, guest_type: str, pages_per_second: int, seed: int) ->
                 lambda fd, _: save(source, fd, live=True, progress=_PassLines()),
                 lambda fd, _: restore(target, fd),
             )
-            tell(result.save)
+            tell(result.save, err=False)
             click.echo(f"the program wrote to {workload.pages_written:,} pages meanwhile")
         equal = _compare(source, target)
     sys.exit(0 if equal else 1)

@@ -14,6 +14,7 @@ from migstream.cli.save_options import guest_and_policy_help, guest_type_option,
 from migstream.engines.common import CheckpointAction, StreamType
 from migstream.engines.policies import PrecopyPolicy
 from migstream.engines.progress import show
+from migstream.text import printable
 
 if TYPE_CHECKING:
     from migstream.engines.restore import RestoreCallbacks, RestoreResult
@@ -147,7 +148,7 @@ def _print_json(save: SaveResult, restore: RestoreResult) -> None:
 
 
 def _tell(save: SaveResult, restore: RestoreResult) -> None:
-    tell(save)
-    click.echo(f"{restore.result.value.replace('_', ' ')}: {restore.pages} pages received", err=True)
+    tell(save, err=False)
+    click.echo(f"{restore.result.value.replace('_', ' ')}: {restore.pages} pages received")
     for warning in restore.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        click.echo(f"warning: {printable(warning)}", err=True)

@@ -109,20 +109,17 @@ def command(
             end = {"event": "result", "result": "saved", **result.to_json(), "error": None}
             print(json.dumps(end), file=tells, flush=True)
         else:
-            tell(result)
+            tell(result, err=True)
 
 
-def tell(result: SaveResult) -> None:
-    """Print what a save did, to standard error."""
-    rounds = f", {result.iterations} rounds of precopy" if result.iterations else ""
-    checkpoints = f", {result.checkpoints} checkpoints" if result.checkpoints else ""
-    click.echo(
-        f"saved {result.pages} pages, {result.octets / 1e6:,.1f} MB in {result.seconds:.2f} s"
-        f"{rounds}{checkpoints}; the guest stood still for {1000 * result.downtime_s:,.0f} ms",
-        err=True,
-    )
+def tell(result: SaveResult, *, err: bool) -> None:
+    """Print what a save did; ``err``: to standard error, because the stream may be on standard output."""
+    done = f"saved {result.pages} pages, {result.octets / 1e6:,.1f} MB in {result.seconds:.2f} s"
+    counts = {"precopy rounds": result.iterations, "checkpoints": result.checkpoints}
+    done += "".join(f", {what}: {count}" for what, count in counts.items() if count)
+    click.echo(f"{done}; the guest stood still for {1000 * result.downtime_s:,.0f} ms", err=err)
     for warning in result.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        click.echo(f"warning: {printable(warning)}", err=True)
 
 
 def _is_file(out: str) -> bool:
