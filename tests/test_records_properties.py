@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 from migstream.errors import FormatError
-from migstream.records import ByteOrder, Declaration, Record, array_of, libxc, libxl, xl
+from migstream.records import ByteOrder, Declaration, Record, array_of, envelopes, libxc, libxl, xl
 from migstream.records.fields import WireField
 from migstream.records.page_data import PageData
 
@@ -20,7 +20,7 @@ def declarations() -> list[type[Declaration]]:
     """Every class that declares fields or a record type, without the bases that only share some."""
     found = {
         cls
-        for module in (libxc, libxl, xl)
+        for module in (envelopes, libxc, libxl, xl)
         for _, cls in inspect.getmembers(module, inspect.isclass)
         if issubclass(cls, Declaration) and cls not in (Declaration, Record)
     }

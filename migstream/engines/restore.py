@@ -276,7 +276,8 @@ class _Restore:
             if item is None:
                 return
             if isinstance(item, Frame):
-                yield item
+                if item.layer.name != "xapi":  # a toolstack's segments, nothing for a restore
+                    yield item
             elif isinstance(item, Layer) and item.name == "libxc":
                 self._begin_image(item)
 

@@ -15,7 +15,7 @@ from typing import BinaryIO, Protocol, cast
 from migstream.errors import FormatError, TruncatedError
 from migstream.io import fd as fdio
 from migstream.io.inputs import CodecInput, CodecReader, DescriptorInput, FileInput, Input
-from migstream.records import libxc, libxl, xl
+from migstream.records import envelopes, libxc, libxl, xl
 
 __all__ = ["LEGACY_MARK", "layer_at", "legacy_kind", "open_input"]
 
@@ -26,15 +26,20 @@ LIBXC_MAGIC = libxc.MARKER.to_bytes(8, "big") + libxc.IMAGE_ID.to_bytes(4, "big"
 LIBXL_MAGIC = libxl.IDENT.to_bytes(8, "big")
 
 #: Layers by their magic. The libxc image header and the libxl header are big-endian in every stream.
-_LAYERS = {"xl": xl.MAGIC, "libxl": LIBXL_MAGIC, "libxc": LIBXC_MAGIC}
+_LAYERS = {
+    "xl": xl.MAGIC,
+    "libvirt": envelopes.LIBVIRT_MAGIC,
+    "xend": envelopes.XEND_MAGIC,
+    "xapi": envelopes.XAPI_MAGIC,
+    "xapi1": envelopes.XAPI1_MAGIC,
+    "libxl": LIBXL_MAGIC,
+    "libxc": LIBXC_MAGIC,
+}
+_EXPECTED = "the header of an xl, libvirt, xend or xapi save, of libxl or of libxc"
 
 #: Other things people point at a stream reader: magic -> what to call it. Sources: facts of each
 #: project's own headers, and the magic numbers that file(1) knows.
 _FOREIGN: dict[bytes, str] = {
-    b"LinuxGuestRecord": "a save file of xend (xm save, Xen 4.4 and earlier), which holds a legacy stream",
-    b"libvirt-xml\n \0 \r": "a save image of libvirt's libxl driver",
-    b"XenSavedDomv2-\n": "a suspend image of xapi (version 2)",
-    b"XenSavedDomain\n": "a suspend image of xapi (version 1), which holds a legacy stream",
     b"QemuDeviceModelRecord": "the QEMU tail of a legacy HVM save",
     b"DeviceModelRecord0002": "the QEMU tail of a legacy HVM save",
     b"LibvirtQemudSave": "a save image of libvirt's QEMU driver",
@@ -193,7 +198,7 @@ def _unpacked(inner: Input) -> Input:
 
 
 def layer_at(source: Input, *, inside: str | None = None) -> str:
-    """Return which layer's header starts at the input's position: ``xl``, ``libxl`` or ``libxc``.
+    """Return which layer's header starts at the input's position: ``xl``, ``libvirt``, ``libxl``, ...
 
     ``inside`` is the layer that announced it, for the error. Raises `TruncatedError` at the end of the
     input and `FormatError`, naming what was found, for anything else.
@@ -206,7 +211,7 @@ def layer_at(source: Input, *, inside: str | None = None) -> str:
         for name in candidates:
             if start.startswith(_LAYERS[name]):
                 return name
-    expected = "an xl, libxl or libxc header" if inside is None else f"a header inside {inside}"
+    expected = _EXPECTED if inside is None else f"a header inside {inside}"
     if not start:
         what = "the input is empty" if offset == 0 else "the input ends"
         raise TruncatedError(f"{what}: expected {expected}", offset=offset, layer=inside)

@@ -9,10 +9,11 @@ from migstream.errors import FormatError, RecordRef, StreamError, TruncatedError
 from migstream.io.layers import Layer
 from migstream.records import (
     MAX_RECORD_LENGTH,
-    OPTIONAL,
     OpaqueRecord,
     PageData,
     Record,
+    envelopes,
+    is_optional,
     libxc,
     padding_length,
     record_class,
@@ -23,7 +24,7 @@ from migstream.records.page_data import Entries
 if TYPE_CHECKING:
     from migstream.io.reader import Stream
 
-__all__ = ["Frame", "PageHead", "Payload", "Trailer"]
+__all__ = ["Frame", "PageHead", "Payload", "Segment", "Trailer"]
 
 EVERYTHING = 1 << 62  # more octets than any input has
 ENTRIES_AT_ONCE = 1 << 16  # PAGE_DATA entries decoded at a time: 512 KiB, however long the record
@@ -151,7 +152,7 @@ class Frame(Payload):
     @property
     def optional(self) -> bool:
         """Whether a reader that does not know the type may ignore it."""
-        return bool(self.code & OPTIONAL)
+        return is_optional(self.layer.name, self.code)
 
     @property
     def body_offset(self) -> int:
@@ -181,7 +182,7 @@ class Frame(Payload):
         if octets > MAX_RECORD_LENGTH:
             raise FormatError(
                 f"a body of {octets} octets is not read into memory: the limit is {MAX_RECORD_LENGTH}",
-                offset=self.offset + 4,
+                offset=(self.offset + self.body_offset) // 2,  # the header's second half
                 layer=self.layer.name,
                 record=self.ref,
                 field="length",
@@ -275,6 +276,25 @@ class Frame(Payload):
                     record=self.ref,
                     hint=self._stream.failover_hint,
                 )
+
+
+class Segment(Frame):
+    """A segment of xapi's suspend image, which has a header of its own and no padding.
+
+    ``announced`` is the length that its header says; ``length`` that of the body which is consumed as the
+    frame's, 0 where the segment is a stream: layers and frames of that follow.
+    """
+
+    announced = 0
+
+    @property
+    def body_offset(self) -> int:
+        """Where the body starts."""
+        return self.offset + envelopes.SegmentHeader.head_size
+
+    def finish(self) -> None:
+        """Skip what is left of the body."""
+        self.skip()
 
 
 class Trailer(Payload):

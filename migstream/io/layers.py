@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from migstream.errors import FormatError, StreamError, TruncatedError
 from migstream.io.detect import layer_at
 from migstream.io.inputs import Input
-from migstream.records import ByteOrder, Declaration, libxc, libxl, xl
+from migstream.records import ByteOrder, Declaration, envelopes, libxc, libxl, xl
+from migstream.text import decode
 
 __all__ = ["Layer", "read_layer"]
 
-MAX_OPTIONAL_DATA = 1 << 20  # octets of config that an xl file may carry; real ones have a few KiB
+MAX_CONFIG = 1 << 20  # octets of config that an envelope may carry; real ones have a few KiB
+SHORTEST_XML = 16  # octets; no domain's XML is shorter, and no version of libvirt's image as high
 
-#: What may stand directly inside a layer.
-INSIDE = {"xl": ("libxl", "libxc"), "libxl": ("libxc",)}
+#: What may stand directly inside a layer; a legacy stream, which is no layer, in any but libxl.
+INSIDE: dict[str, tuple[str, ...]] = {
+    "xl": ("libxl", "libxc"),
+    "libvirt": ("libxl", "libxc"),
+    "xend": (),
+    "xapi1": (),
+    "xapi": ("libxl", "libxc"),
+    "libxl": ("libxc",),
+}
 
 D = TypeVar("D", bound=Declaration)
 
@@ -24,9 +34,10 @@ D = TypeVar("D", bound=Declaration)
 class Layer:
     """One layer of a stream, as its headers announce it.
 
-    ``name`` is ``xl``, ``libxl`` or ``libxc``; ``headers`` are the decoded headers in their order: an
-    xl file's `SaveFileHeader` and `SaveFileConfig`, libxl's `LibxlHeader`, libxc's `ImageHeader` and
-    `DomainHeader`.
+    ``headers`` are the decoded headers in their order, by ``name``: ``xl``: `SaveFileHeader` and
+    `SaveFileConfig`; ``libvirt``: `LibvirtHeader` and `LibvirtXml`; ``xend``: `XendHeader` and
+    `XendConfig`; ``xapi1``: `Xapi1Header`; ``xapi``: `XapiHeader` (its config is the body of the segment
+    `Xenops`); ``libxl``: `LibxlHeader`; ``libxc``: `ImageHeader` and `DomainHeader`.
     """
 
     name: str
@@ -38,16 +49,37 @@ class Layer:
         """Return the header of class ``kind``, if this layer has one."""
         return next((h for h in self.headers if isinstance(h, kind)), None)
 
+    @property
+    def config(self) -> bytes | None:
+        """The domain's config as it stands in an envelope, with a NUL at its end if it has one.
+
+        ``xl``: JSON or xl.cfg text; ``libvirt``: XML; ``xend``: an S-expression; ``None`` in other layers.
+        """
+        match self.headers:
+            case [_, xl.SaveFileConfig() as found]:
+                return found.config
+            case [_, envelopes.LibvirtXml() as found]:
+                return found.xml
+            case [_, envelopes.XendConfig() as found]:
+                return found.config
+        return None
+
+    @property
+    def config_text(self) -> str | None:
+        """The config without the NUL at its end; octets that are not UTF-8 become surrogates."""
+        return None if self.config is None else decode(self.config.rstrip(b"\0"))
+
 
 def read_layer(source: Input, inside: str | None = None) -> Layer:
     """Read the headers of the layer that starts at the input's position, ``inside`` the layer of that name.
 
-    Raises `FormatError` for what is no header, or cannot stand there, and `TruncatedError`.
+    Raises `FormatError` for what is no header, or cannot stand there, and `TruncatedError`. Of what is no
+    header nothing is consumed.
     """
     name = layer_at(source, inside=inside)
     if inside is not None and name not in INSIDE[inside]:
         raise FormatError(f"{name} cannot stand inside {inside}", offset=source.position, layer=inside)
-    return {"xl": _xl, "libxl": _libxl, "libxc": _libxc}[name](source)
+    return _READERS[name](source)
 
 
 def _header(source: Input, kind: type[D], layer: str, order: ByteOrder) -> D:
@@ -86,27 +118,69 @@ def _xl(source: Input) -> Layer:
 def _optional_data(
     source: Input, offset: int, header: xl.SaveFileHeader, order: ByteOrder
 ) -> xl.SaveFileConfig:
-    length = header.optional_data_len
-    if length > MAX_OPTIONAL_DATA:
+    start = source.position
+    octets = _config(
+        source, header.optional_data_len, "xl", offset + 44, "optional_data_len", "optional data"
+    )
+    try:
+        return xl.SaveFileConfig.parse(octets, order)
+    except StreamError as exc:
+        raise exc.located(base=start, layer="xl") from None
+
+
+def _config(
+    source: Input, length: int, layer: str, announced_at: int, field: str, what: str = "config"
+) -> bytes:
+    """Read the ``length`` octets of config that ``field``, at the offset ``announced_at``, announces."""
+    if length > MAX_CONFIG:
         raise FormatError(
-            f"the header announces {length} octets of optional data; more than {MAX_OPTIONAL_DATA} "
-            "is no domain config",
-            offset=offset + 44,
-            layer="xl",
-            field="optional_data_len",
+            f"the header announces {length} octets of {what}; more than {MAX_CONFIG} is no domain config",
+            offset=announced_at,
+            layer=layer,
+            field=field,
         )
     start = source.position
     octets = source.read(length)
     if len(octets) < length:
         raise TruncatedError(
-            f"the input ends inside the optional data: expected {length} octets, found {len(octets)}",
+            f"the input ends inside the {what}: expected {length} octets, found {len(octets)}",
             offset=start + len(octets),
-            layer="xl",
+            layer=layer,
         )
-    try:
-        return xl.SaveFileConfig.parse(octets, order)
-    except StreamError as exc:
-        raise exc.located(base=start, layer="xl") from None
+    return octets
+
+
+def _libvirt(source: Input) -> Layer:
+    offset = source.position
+    header = _header(source, envelopes.LibvirtHeader, "libvirt", "little")
+    # libvirt's cloud-hypervisor driver uses the same magic; its header has no version: the XML's length
+    # comes first, then zeros.
+    if header.xml_len == 0 and header.version >= SHORTEST_XML:
+        raise FormatError(
+            "expected a save image of libvirt's libxl driver, found one of its cloud-hypervisor driver, "
+            f"with {header.version} octets of XML",
+            offset=offset,
+            layer="libvirt",
+        )
+    xml = _config(source, header.xml_len, "libvirt", offset + 20, "xml_len")
+    return Layer("libvirt", offset, "little", (header, envelopes.LibvirtXml(xml=xml)))
+
+
+def _xend(source: Input) -> Layer:
+    offset = source.position
+    header = _header(source, envelopes.XendHeader, "xend", "big")
+    config = _config(source, header.config_len, "xend", offset + 16, "config_len")
+    return Layer("xend", offset, "big", (header, envelopes.XendConfig(config=config)))
+
+
+def _xapi1(source: Input) -> Layer:
+    offset = source.position
+    return Layer("xapi1", offset, "little", (_header(source, envelopes.Xapi1Header, "xapi1", "little"),))
+
+
+def _xapi(source: Input) -> Layer:
+    offset = source.position
+    return Layer("xapi", offset, "little", (_header(source, envelopes.XapiHeader, "xapi", "little"),))
 
 
 def _libxl(source: Input) -> Layer:
@@ -120,3 +194,14 @@ def _libxc(source: Input) -> Layer:
     image = _header(source, libxc.ImageHeader, "libxc", "big")
     domain = _header(source, libxc.DomainHeader, "libxc", image.order)
     return Layer("libxc", offset, image.order, (image, domain))
+
+
+_READERS: dict[str, Callable[[Input], Layer]] = {
+    "xl": _xl,
+    "libvirt": _libvirt,
+    "xend": _xend,
+    "xapi1": _xapi1,
+    "xapi": _xapi,
+    "libxl": _libxl,
+    "libxc": _libxc,
+}

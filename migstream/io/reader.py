@@ -1,20 +1,21 @@
 """The reader: a stream as a sequence of layers and frames, understood but not judged.
 
-Theory of operation. A stream is a nest: an xl file holds a libxl stream, whose LIBXC_CONTEXT record
-announces a libxc image with headers of its own. `Stream.items` walks it and hands out, in the order of
-the bytes,
+Theory of operation. A stream is a nest: an envelope, such as an xl file, holds a libxl stream, whose
+LIBXC_CONTEXT record announces a libxc image with headers of its own. `Stream.items` walks it and hands
+out, in the order of the bytes,
 
-* a `Layer` for each header found (xl, libxl, libxc),
-* a `Frame` for each record, *before* its body is read,
+* a `Layer` for each header found (xl, libvirt, xend, xapi1, xapi, libxl, libxc),
+* a `Frame` for each record, *before* its body is read; for each segment of xapi's image a `Segment`,
 * a `Trailer`, if anything follows the end of the outermost layer.
 
 The consumer decides what happens to a body: decode it, read it into buffers, move it to a descriptor,
 or nothing. What nobody consumed is skipped when the next item is asked for: a file is seeked over, a
 pipe is drained.
 
-Which layer the next record belongs to follows from the one before it, as a table says (`_NEXT`):
-libxc's END hands back to libxl; so does CHECKPOINT, and libxl's CHECKPOINT_END hands to libxc again,
-without new headers. Where the layer that should go on is not open, the present one stays.
+Which layer the next record belongs to follows from the one before it, as a table says (`_NEXT`): an END
+hands back to the layer around; CHECKPOINT to libxl, whose CHECKPOINT_END hands to libxc again, without
+new headers. A xapi segment that is a stream opens a layer, as LIBXC_CONTEXT does. Where the layer that
+should go on is not open, the present one stays.
 
 A legacy (version 1) libxc stream, bare or inside an envelope, is not walked: reading raises a `FormatError`
 that names it, `Stream.legacy` is true from then on, and nothing of it was consumed: `Stream.input` stands at
@@ -30,15 +31,27 @@ from typing import Self
 
 from migstream.errors import FormatError, TruncatedError
 from migstream.io.detect import LEGACY_MARK, legacy_kind, open_input
-from migstream.io.frame import Frame, PageHead, Payload, Trailer
+from migstream.io.frame import Frame, PageHead, Payload, Segment, Trailer
 from migstream.io.inputs import Input, MemoryInput
 from migstream.io.layers import Layer, read_layer
-from migstream.records import libxc, libxl
+from migstream.records import envelopes, libxc, libxl, record_class
 from migstream.records.page_data import RunTemplates
 
-__all__ = ["Frame", "Item", "Layer", "PageHead", "Payload", "Stream", "Trailer", "open", "open_memory"]
+__all__ = [
+    "Frame",
+    "Item",
+    "Layer",
+    "PageHead",
+    "Payload",
+    "Segment",
+    "Stream",
+    "Trailer",
+    "open",
+    "open_memory",
+]
 
 MAX_LAYERS = 64  # headers in one input; a real stream has three layers, and each is remembered
+MAX_SEGMENT = 1 << 63  # octets from which on a segment's length is negative: xapi's are signed
 
 _HEADER = {"little": libxc.RecordHeader.struct("little"), "big": libxc.RecordHeader.struct("big")}
 _HEADER_SIZE = libxc.RecordHeader.head_size
@@ -46,14 +59,21 @@ _HEADER_SIZE = libxc.RecordHeader.head_size
 Item = Layer | Frame | Trailer
 
 #: The layer of the record after one of these, by (layer, type code); after any other it stays.
-#: libxc's own entries hold only where libxl encloses it.
+#: ``header``: headers follow, of a layer inside this one; ``end``: the layer around it goes on.
 _NEXT = {
-    ("libxl", libxl.LibxcContext.code): "libxc header",
+    ("xapi", envelopes.Libxc.code): "header",
+    ("xapi", envelopes.Libxl.code): "header",
+    ("xapi", envelopes.LibxcLegacy.code): "header",
+    ("xapi", envelopes.EndOfImage.code): "end",
+    ("libxl", libxl.LibxcContext.code): "header",
     ("libxl", libxl.CheckpointEnd.code): "libxc",
+    ("libxl", libxl.CheckpointState.code): "libxl",
     ("libxl", libxl.LibxlEnd.code): "end",
     ("libxc", libxc.Checkpoint.code): "libxl",
-    ("libxc", libxc.End.code): "libxl",
+    ("libxc", libxc.End.code): "end",
 }
+_AROUND = {"libxc": ("libxl", "xapi"), "libxl": ("xapi",), "xapi": ()}
+_ENVELOPES = ("xl", "libvirt", "xend", "xapi1")  # whose header something else follows at once
 
 
 class Stream:
@@ -80,6 +100,7 @@ class Stream:
         self.legacy = False
         self._open: dict[str, Layer] = {}  # by name: the layers whose records may go on
         self._at_checkpoint = False
+        self._unmeasured_vgpu = False
         self._walker: Iterator[Layer | Frame] | None = None
         self._trailer_given = False
 
@@ -128,13 +149,13 @@ class Stream:
     def _walk(self) -> Iterator[Layer | Frame]:
         layer = self._open_layer(None)
         yield layer
-        if layer.name == "xl":
-            layer = self._open_layer("xl")
+        if layer.name in _ENVELOPES:
+            layer = self._open_layer(layer.name)
             yield layer
-        outermost = layer.name
         index = 0
         while True:
-            frame = self._next_frame(layer, index)
+            in_segments = layer.name == "xapi"
+            frame = self._next_segment(layer, index) if in_segments else self._next_frame(layer, index)
             if frame is None:
                 self.ending = "checkpoint"
                 return
@@ -142,34 +163,35 @@ class Stream:
             yield frame
             frame.finish()
             index += 1
-            step = self._step(frame, outermost)
+            step = self._step(layer.name, frame.code)
             if step == "end":
                 break
-            if step == "libxc header":
-                layer = self._open_layer("libxl")
+            if step == "header":
+                layer = self._open_layer(layer.name)
                 yield layer
             else:
                 layer = self._open.get(step, layer)
         self.ending = "end"
 
-    def _step(self, frame: Frame, outermost: str) -> str:
-        """Return what follows ``frame``: a layer's name, ``libxc header`` or ``end``."""
-        name, code = frame.layer.name, frame.code
-        ends = name == "libxc" and code == libxc.End.code
-        if ends:
-            del self._open["libxc"]
-        bare = outermost == "libxc"
-        completes = ("libxc", libxc.Checkpoint.code) if bare else ("libxl", libxl.CheckpointEnd.code)
+    def _step(self, name: str, code: int) -> str:
+        """Return what follows a record: a layer's name, ``header`` or ``end``."""
+        step = _NEXT.get((name, code))
+        if step is None:  # as nearly always
+            self._at_checkpoint = False
+            return name
         if (name, code) == ("libxl", libxl.CheckpointState.code):
             return "libxc" if self._at_checkpoint else "libxl"
+        bare = "libxl" not in self._open
+        completes = ("libxc", libxc.Checkpoint.code) if bare else ("libxl", libxl.CheckpointEnd.code)
+        if step == "end":
+            del self._open[name]
+            step = next((around for around in _AROUND[name] if around in self._open), "end")
         # Without an image that goes on, a CHECKPOINT_END completes nothing.
         self._at_checkpoint = (name, code) == completes and "libxc" in self._open
         if self._at_checkpoint:
             self.checkpoints += 1
             self.checkpoint_offset = self.position
-        if bare:
-            return "end" if ends else "libxc"
-        return _NEXT.get((name, code), name)
+        return step
 
     def _next_frame(self, layer: Layer, index: int) -> Frame | None:
         offset = self.position
@@ -182,6 +204,46 @@ class Stream:
         if self._at_checkpoint and layer.name == "libxc":
             layer = self._colo_state(layer, code, length)
         return Frame(self, layer, code=code, length=length, offset=offset, index=index)
+
+    def _next_segment(self, layer: Layer, index: int) -> Segment:
+        offset = self.position
+        if self._unmeasured_vgpu:
+            self._check_behind_vgpu(offset)
+        size = envelopes.SegmentHeader.head_size
+        octets = self.input.read(size)
+        if len(octets) < size:
+            where = "inside a segment header" if octets else "without xapi's End segment"
+            raise TruncatedError(
+                f"the input ends {where}: expected the {size} octets of a segment header, "
+                f"found {len(octets)}",
+                offset=offset + len(octets),
+                layer=layer.name,
+            )
+        head = envelopes.SegmentHeader.parse(octets, layer.order)
+        kind = record_class(layer.name, head.type)
+        measured = kind is None or (issubclass(kind, envelopes.XapiSegment) and kind.measured)
+        length = head.length if measured else 0
+        if length >= MAX_SEGMENT:
+            raise FormatError(
+                f"a segment of type {head.type:#x} has the negative length {length - (1 << 64)}",
+                offset=offset + 8,
+                layer=layer.name,
+                field="length",
+            )
+        self._unmeasured_vgpu = kind is envelopes.VgpuState and not length
+        frame = Segment(self, layer, code=head.type, length=length, offset=offset, index=index)
+        frame.announced = head.length
+        return frame
+
+    def _check_behind_vgpu(self, offset: int) -> None:
+        """Refuse to take a vGPU's state, whose length xapi leaves out, for segments."""
+        start = self.input.peek(8)
+        if len(start) == 8 and record_class("xapi", int.from_bytes(start, "little")) is None:
+            raise FormatError(
+                "the state of a virtual GPU stands here, without its length: what follows cannot be found",
+                offset=offset,
+                layer="xapi",
+            )
 
     def _colo_state(self, layer: Layer, code: int, length: int) -> Layer:
         """COLO puts a libxl CHECKPOINT_STATE between CHECKPOINT_END and the libxc records.

@@ -9,13 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from migstream.io import fd as fdio
-from migstream.io.reader import Frame, Layer, Stream, Trailer
-from migstream.records import ByteOrder, Declaration, PageData, Record, libxc, libxl, padding_length
+from migstream.io.reader import Frame, Layer, Segment, Stream, Trailer
+from migstream.records import (
+    ByteOrder,
+    Declaration,
+    PageData,
+    Record,
+    envelopes,
+    libxc,
+    libxl,
+    padding_length,
+)
 from migstream.records.array import Array
 
 __all__ = ["StreamWriter", "copy_stream"]
 
 Buffer = bytes | bytearray | memoryview
+
+_BIG_ENDIAN = libxc.ImageHeader | libxl.LibxlHeader | envelopes.XendHeader  # in every stream
 
 
 class StreamWriter:
@@ -37,17 +48,18 @@ class StreamWriter:
         self.written += fdio.write_vectors(self.fd, buffers, self.timeout_s)
 
     def header(self, *headers: Declaration) -> None:
-        """Write headers. Libxl's and libxc's image header are big-endian in every stream."""
-        self.write(
-            *(
-                h.build("big" if isinstance(h, libxc.ImageHeader | libxl.LibxlHeader) else self.order)
-                for h in headers
-            )
-        )
+        """Write headers. Libxl's, libxc's image header and xend's are big-endian in every stream."""
+        self.write(*(h.build("big" if isinstance(h, _BIG_ENDIAN) else self.order) for h in headers))
 
     def record(self, record: Record, *, padding: bytes | None = None) -> None:
-        """Write one record with its header. ``padding`` replaces the zeros that the format asks for."""
+        """Write one record with its header. ``padding`` replaces the zeros that the format asks for.
+
+        Of xapi's segments, which have none, the length 0 is written where xapi does not measure the body.
+        """
         body = record.build(self.order)
+        if record.layer == "xapi":
+            self.write(self._segment(record.type_code, len(body)), body)
+            return
         self.write(self._frame(record.type_code, len(body)), body, self._padding(len(body), padding))
 
     def pages(self, entries: Array[int], pages: Sequence[Buffer], *, reserved1: int = 0) -> None:
@@ -69,7 +81,7 @@ class StreamWriter:
         """
         if frame.left != frame.length or frame.layer.order != self.order:
             raise ValueError(f"{frame!r} was consumed already, or is of the other byte order")
-        self.write(self._frame(frame.code, frame.length))
+        self.write(self._head(frame))
         self._splice_rest(frame)
 
     def rebuild(self, frame: Frame) -> None:
@@ -79,7 +91,7 @@ class StreamWriter:
         """
         record = frame.record()
         prefix = record.build(self.order)
-        self.write(self._frame(record.type_code, frame.length), prefix)
+        self.write(self._head(frame), prefix)
         self._splice_rest(frame)
 
     def _splice_rest(self, frame: Frame) -> None:
@@ -90,6 +102,14 @@ class StreamWriter:
     def end(self) -> None:
         """Write libxc's or libxl's END record; they are the same octets."""
         self.record(libxc.End())
+
+    def _head(self, frame: Frame) -> bytes:
+        if isinstance(frame, Segment):
+            return self._segment(frame.code, frame.announced)
+        return self._frame(frame.code, frame.length)
+
+    def _segment(self, code: int, length: int) -> bytes:
+        return envelopes.SegmentHeader(type=code, length=length).build("little")
 
     def _frame(self, code: int, length: int) -> bytes:
         return libxc.RecordHeader.struct(self.order).pack(code, length)

@@ -1,12 +1,12 @@
 """What the bytes mean: one declaration for each header and record of every layer. No I/O here.
 
 ``record_class`` and ``record_name`` look a type code up; everything else is in the modules
-(`libxc`, `page_data`, `libxl`, `xl`), beside the section of the specification that it follows.
+(`libxc`, `page_data`, `libxl`, `xl`, `envelopes`), beside the section of the specification that it follows.
 """
 
 from __future__ import annotations
 
-from migstream.records import libxc, libxl, xl
+from migstream.records import envelopes, libxc, libxl, xl
 from migstream.records.array import Array, array_of
 from migstream.records.fields import ByteOrder
 from migstream.records.page_data import PageData
@@ -23,6 +23,8 @@ __all__ = [
     "PageData",
     "Record",
     "array_of",
+    "envelopes",
+    "is_optional",
     "libxc",
     "libxl",
     "padding_length",
@@ -52,7 +54,12 @@ def record_name(layer: str, code: int) -> str:
     known = REGISTRY[layer].get(code)
     if known is not None:
         return known.type
-    return f"{'OPTIONAL' if code & OPTIONAL else 'UNKNOWN'}_0x{code:08x}"
+    return f"{'OPTIONAL' if is_optional(layer, code) else 'UNKNOWN'}_0x{code:08x}"
+
+
+def is_optional(layer: str, code: int) -> bool:
+    """Whether a reader that does not know the type may ignore it; xapi's segments have no such bit."""
+    return bool(code & OPTIONAL) and layer != "xapi"
 
 
 def padding_length(length: int) -> int:

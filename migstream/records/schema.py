@@ -325,7 +325,8 @@ class OpaqueRecord(Record):
         """Make one from its JSON form; raises `ValueError` for a field that is missing or malformed."""
         made = super().from_json(data)
         layer, code = data.get("layer"), data.get("type_code")
-        if layer not in REGISTRY or not isinstance(code, int) or not 0 <= code < 1 << 32:
+        bits = 64 if layer == "xapi" else 32
+        if layer not in REGISTRY or not isinstance(code, int) or not 0 <= code < 1 << bits:
             raise ValueError(f"{cls.__name__}: layer {layer!r} or type_code {code!r} is not one")
         return cls.of(layer, code, made.body)
 
