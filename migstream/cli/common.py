@@ -7,6 +7,7 @@ Exit codes: 0 fine, 1 the stream is at fault (or could not be read), 2 wrong usa
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -20,9 +21,18 @@ from migstream.text import printable
 if TYPE_CHECKING:
     from migstream.io.reader import Stream
 
-__all__ = ["error_lines", "fail", "input_argument", "open_stream", "reporting_errors", "timeout_option"]
+__all__ = [
+    "error_lines",
+    "fail",
+    "input_argument",
+    "open_output",
+    "open_stream",
+    "reporting_errors",
+    "timeout_option",
+]
 
-STDIN = 0
+STDIN, STDOUT = 0, 1
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 input_argument = click.argument("file", metavar="FILE|-")
 timeout_option = click.option(
@@ -51,9 +61,42 @@ def open_stream(file: str, timeout_s: float | None = None) -> Stream:
     return reader.open(file, timeout_s=timeout_s)
 
 
+@contextlib.contextmanager
+def open_output(out: str) -> Iterator[int]:
+    """Open what a stream is written to: ``-`` for standard output, ``fd:N``, or a new file.
+
+    A file appears when the block ends without an error. Where there is no room for it, the `OSError`
+    names it.
+    """
+    if out == "-" and sys.stdout.isatty():
+        raise click.UsageError(
+            "standard output is a terminal; give a file, or pipe the stream into something"
+        )
+    if out == "-":
+        yield STDOUT
+    elif out.startswith("fd:"):
+        if not out[3:].isdigit():
+            raise click.UsageError(
+                f"{printable(out)}: expected fd:N with a descriptor's number, such as fd:3"
+            )
+        yield int(out[3:])
+    else:
+        from migstream.io.outputs import new_file
+
+        try:
+            with new_file(out) as fd:
+                yield fd
+        except OSError as exc:
+            if exc.errno in NO_ROOM and exc.filename is None:
+                exc.filename = out
+            raise
+
+
 def error_lines(error: BaseException, file: str) -> str:
     """Return an error as it is shown: where, what, and what to do."""
     if isinstance(error, OSError):
+        if error.errno in NO_ROOM and error.filename is not None:
+            file = str(error.filename)  # not the input, which the caller names
         return f"{printable(file)}: {error.strerror or error}"
     return f"{printable(file)}: {printable(str(error))}"
 

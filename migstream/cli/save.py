@@ -11,19 +11,16 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from migstream.cli.common import reporting_errors
+from migstream.cli.common import open_output, reporting_errors
 from migstream.cli.save_options import guest_and_policy_help, guest_type_option, save_callbacks, save_options
 from migstream.engines.common import StreamType
 from migstream.engines.policies import PrecopyPolicy
 from migstream.engines.progress import show
 from migstream.errors import MigstreamError, StreamError
-from migstream.io.outputs import new_file
 from migstream.text import printable
 
 if TYPE_CHECKING:
     from migstream.engines.save import SaveResult
-
-STDOUT = 1
 
 
 @click.command(
@@ -88,7 +85,7 @@ def command(
         with (
             open_source(guest, GuestType[guest_type.upper()]) as source,
             owning(source),
-            _output(out) as fd,
+            open_output(out) as fd,
             show(tells, as_json=as_json) as progress,
         ):
             result = save(
@@ -124,25 +121,6 @@ def tell(result: SaveResult, *, err: bool) -> None:
 
 def _is_file(out: str) -> bool:
     return out != "-" and not out.startswith("fd:") and (not Path(out).exists() or Path(out).is_file())
-
-
-@contextlib.contextmanager
-def _output(out: str) -> Iterator[int]:
-    if out == "-" and sys.stdout.isatty():
-        raise click.UsageError(
-            "standard output is a terminal; give a file, or pipe the stream into something"
-        )
-    if out == "-":
-        yield STDOUT
-    elif out.startswith("fd:"):
-        if not out[3:].isdigit():
-            raise click.UsageError(
-                f"{printable(out)}: expected fd:N with a descriptor's number, such as fd:3"
-            )
-        yield int(out[3:])
-    else:
-        with new_file(out) as fd:
-            yield fd
 
 
 @contextlib.contextmanager

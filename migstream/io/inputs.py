@@ -118,6 +118,21 @@ class FileInput(Input):
         self.position += done
         return done
 
+    def splice_at(self, target: int, offset: int, length: int, timeout_s: float | None = None) -> int:
+        """Move ``length`` octets at ``offset`` to the descriptor ``target``; the position stays.
+
+        Returns how many, fewer only at the end.
+        """
+        return fdio.transfer(self._fd, target, length, self._start + offset, target_timeout_s=timeout_s)
+
+    def pread_into(self, buffers: Iterable[memoryview], offset: int) -> int:
+        """Fill ``buffers`` in turn from ``offset``; the position stays. Returns the octets read."""
+        return fdio.pread_into(self._fd, buffers, self._start + offset)
+
+    def rewind(self) -> None:
+        """Go back to where the input started, to read it once more."""
+        self.position = 0
+
     def close(self) -> None:
         """Close an owned descriptor; leave another's where reading stopped."""
         if self._closed:

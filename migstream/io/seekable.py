@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import tempfile
 from collections.abc import Iterator
 
@@ -37,7 +38,12 @@ def seekable(stream: Stream) -> Iterator[SeekableStream]:
         yield SeekableStream(stream, stream.input, spooled=False)
         return
     with tempfile.TemporaryFile() as spool:
-        stream.input.splice_to(spool.fileno(), EVERYTHING)
+        try:
+            stream.input.splice_to(spool.fileno(), EVERYTHING)
+        except OSError as exc:
+            if exc.errno == errno.ENOSPC:
+                exc.filename = tempfile.gettempdir()
+            raise
         spool.seek(0)
         copy = FileInput(spool.fileno(), owned=False)
         yield SeekableStream(Stream(copy), copy, spooled=True)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from migstream.errors import TruncatedError
 from migstream.io import fd as fdio
+from migstream.io.inputs import FileInput
 from migstream.io.reader import Frame, Layer, Segment, Stream, Trailer
 from migstream.records import (
     ByteOrder,
@@ -93,6 +95,19 @@ class StreamWriter:
         prefix = record.build(self.order)
         self.write(self._head(frame), prefix)
         self._splice_rest(frame)
+
+    def copy_range(self, source: FileInput, offset: int, length: int) -> None:
+        """Write ``length`` octets that lie at ``offset`` of a file, moved within the kernel.
+
+        Raises `TruncatedError` where the file ends before.
+        """
+        moved = source.splice_at(self.fd, offset, length, self.timeout_s)
+        self.written += moved
+        if moved < length:
+            raise TruncatedError(
+                f"the input ends after {moved} of the {length} octets that should follow here",
+                offset=offset + moved,
+            )
 
     def _splice_rest(self, frame: Frame) -> None:
         self.written += frame.splice_to(self.fd, timeout_s=self.timeout_s)

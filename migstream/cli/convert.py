@@ -1,0 +1,174 @@
+"""``migstream convert``: a stream in another envelope or version, flattened, with pages regrouped."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+import click
+
+from migstream.cli.common import STDIN, fail, open_output, open_stream, reporting_errors, timeout_option
+from migstream.converting.options import MAX_BATCH, TARGETS, ConvertError, Options
+from migstream.text import printable
+
+MAX_CONFIG = 1 << 20  # octets; the reader takes no more either
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  migstream convert old.libxc2 new.img --to libxc3
+  migstream convert guest.xl guest.img --to libxc3
+  migstream convert guest.img guest.xl --to xl --config guest.json
+  migstream convert live.xl plain.xl --to xl --flatten --drop-zero
+  migstream convert remus.xl.zst before.xl --to xl --checkpoint 7
+
+Without --flatten every record passes as it is, in the order of the input, and what xl sent behind the
+stream's end stays where the envelope does.
+"""
+)
+@click.argument("source", metavar="IN")
+@click.argument("out", metavar="OUT")
+@click.option(
+    "--to", "target", type=click.Choice(list(TARGETS)), required=True, help="The form of the output."
+)
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="The domain's config for an xl file (JSON). Default: the input's own.",
+)
+@click.option(
+    "--flatten",
+    is_flag=True,
+    help="Write each page once, with its final content, in the order of PFNs. A live stream becomes a plain "
+    "save, one with checkpoints the state at the last complete one.",
+)
+@click.option(
+    "--checkpoint",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Write the state at the N-th checkpoint; implies --flatten.",
+)
+@click.option(
+    "--drop-zero",
+    is_flag=True,
+    help="Turn ordinary pages without content into allocate-only entries: a restore gives zeroed memory for "
+    "those. Page tables stay, and so does a page that replaces one sent before.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(1, MAX_BATCH),
+    metavar="N",
+    help="Write PAGE_DATA records of N pages. Default: as in the input; with --flatten 1024.",
+)
+@click.option("--lossy", is_flag=True, help="Leave out what the output's form cannot hold, and list it.")
+@click.option(
+    "--cpuid",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="A CPUID policy for a stream without one: JSON, with the fields that inspect --jsonl shows, or a "
+    "stream to take it from.",
+)
+@click.option(
+    "--msr",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="An MSR policy, likewise.",
+)
+@click.option(
+    "--max-memory",
+    metavar="SIZE",
+    help="Refuse PFNs past this, such as 8G. Default: what the stream implies, else 64G.",
+)
+@timeout_option
+def command(
+    source: str,
+    out: str,
+    target: str,
+    config: str | None,
+    flatten: bool,
+    checkpoint: int | None,
+    drop_zero: bool,
+    batch: int | None,
+    lossy: bool,
+    cpuid: str | None,
+    msr: str | None,
+    max_memory: str | None,
+    timeout_s: float | None,
+) -> None:
+    """Write the stream IN (a file, '-' for standard input, or fd:N) to OUT in another form.
+
+    A file appears when it is complete; after an error or Ctrl-C there is none. The input is never changed.
+
+    Exit code: 0 converted, 1 not, 2 wrong usage.
+    """
+    memory = _size(max_memory)
+    _refuse_same_file(source, out)
+    with reporting_errors(source):
+        from migstream.converting import convert
+        from migstream.converting.static_data import read_policy
+        from migstream.records import libxc
+
+        options = Options(
+            config=_read_config(config),
+            flatten=flatten,
+            checkpoint=checkpoint,
+            drop_zero=drop_zero,
+            batch=batch,
+            lossy=lossy,
+            cpuid=read_policy(cpuid, libxc.X86CpuidPolicy) if cpuid else None,
+            msr=read_policy(msr, libxc.X86MsrPolicy) if msr else None,
+            max_memory=memory,
+        )
+        with open_stream(source, timeout_s) as stream, open_output(out) as fd:
+            convert(stream, fd, TARGETS[target], options, tell=_tell)
+
+
+def _tell(note: str) -> None:
+    click.echo(f"note: {printable(note)}", err=True)
+
+
+def _size(text: str | None) -> int | None:
+    from migstream.guests.kind import GuestSpecError, parse_size
+
+    try:
+        return None if text is None else parse_size(text, "8G")
+    except GuestSpecError as exc:
+        raise click.BadParameter(printable(str(exc)), param_hint="--max-memory") from None
+
+
+def _read_config(path: str | None) -> bytes | None:
+    if path is None:
+        return None
+    with Path(path).open("rb") as file:
+        config = file.read(MAX_CONFIG + 1)
+    if len(config) > MAX_CONFIG:
+        raise ConvertError(f"{path} has more than {MAX_CONFIG} octets: it is no domain config")
+    return config
+
+
+def _refuse_same_file(source: str, out: str) -> None:
+    """End with exit code 1 where input and output are one file: it would be read while it is written."""
+    one, other = _identity(source, STDIN), _identity(out, 1)
+    if one is not None and one == other:
+        fail(ConvertError("input and output are the same file"), source)
+        sys.exit(1)
+
+
+def _identity(name: str, standard: int) -> tuple[int, int] | None:
+    """Return device and inode of a regular file or block device, ``None`` for anything else."""
+    try:
+        if name == "-":
+            found = os.fstat(standard)
+        elif name.startswith("fd:") and name[3:].isdigit():
+            found = os.fstat(int(name[3:]))
+        else:
+            found = os.stat(name)
+    except OSError:
+        return None
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
+        return None
+    return found.st_dev, found.st_ino
