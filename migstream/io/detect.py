@@ -16,11 +16,11 @@ from migstream.errors import FormatError, TruncatedError
 from migstream.io import fd as fdio
 from migstream.io.inputs import CodecInput, CodecReader, DescriptorInput, FileInput, Input
 from migstream.records import envelopes, libxc, libxl, xl
+from migstream.records.legacy import is_legacy
 
-__all__ = ["LEGACY_MARK", "layer_at", "legacy_kind", "open_input"]
+__all__ = ["layer_at", "open_input"]
 
 MAX_WINDOW = 128 << 20  # octets of history that compressed data may ask for: zstd's own --long default
-LEGACY_MARK = 12  # octets by which a legacy stream is told
 UNPACK_CHUNK = 128 << 10  # octets of compressed data taken at a time
 LIBXC_MAGIC = libxc.MARKER.to_bytes(8, "big") + libxc.IMAGE_ID.to_bytes(4, "big")
 LIBXL_MAGIC = libxl.IDENT.to_bytes(8, "big")
@@ -227,7 +227,7 @@ def layer_at(source: Input, *, inside: str | None = None) -> str:
         f"expected {expected}, found {describe(start)}",
         offset=offset,
         layer=inside,
-        hint="'migstream convert' turns it into the present format" if legacy_kind(start) else None,
+        hint="'migstream convert' turns it into the present format" if is_legacy(start) else None,
     )
 
 
@@ -238,28 +238,9 @@ def describe(start: bytes) -> str:
             return name
     if start.startswith(b"\xff" * 8):
         return f"a libxc marker whose id is {start[8:12].hex() or 'cut off'} instead of 58454e46 (XENF)"
-    legacy = legacy_kind(start)
+    legacy = is_legacy(start)
     if legacy:
-        return (
-            f"what looks like a legacy (version 1) libxc stream of {legacy}, as Xen 4.5 and earlier wrote it"
-        )
+        return f"what looks like {legacy}, as Xen 4.5 and earlier wrote it"
     if re.fullmatch(rb"[\t\n\r\x20-\x7e]+", start):
         return f"text: {start[:24].decode('ascii')!r}"
     return f"unknown octets {start[:16].hex(' ')}"
-
-
-def legacy_kind(start: bytes) -> str:
-    """Say which toolstack and guest a legacy stream is from, or return an empty string for none.
-
-    Source: the specification's section Legacy Images, and xc_domain_save of Xen 4.4. It starts with the
-    number of PFNs, of the toolstack's word size. Then a PV guest has an extended-info chunk, all ones; an
-    HVM guest has an int: the number of pages in a batch, at most 1024, or a small negative chunk id.
-    """
-    for width in (8, 4):
-        if len(start) < width + 4:
-            continue
-        pfns = int.from_bytes(start[:width], "little")
-        chunk = int.from_bytes(start[width : width + 4], "little", signed=True)
-        if 16 <= pfns < 1 << 32 and -20 <= chunk <= 1024 and chunk != 0:
-            return f"a {8 * width}-bit toolstack and {'a PV' if chunk == -1 else 'an HVM'} guest"
-    return ""

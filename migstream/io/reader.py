@@ -30,11 +30,12 @@ from types import TracebackType
 from typing import Self
 
 from migstream.errors import FormatError, TruncatedError
-from migstream.io.detect import LEGACY_MARK, legacy_kind, open_input
+from migstream.io.detect import open_input
 from migstream.io.frame import Frame, PageHead, Payload, Segment, Trailer
 from migstream.io.inputs import Input, MemoryInput
 from migstream.io.layers import Layer, read_layer
 from migstream.records import envelopes, libxc, libxl, record_class
+from migstream.records.legacy import SHAPE_LENGTH, is_legacy
 from migstream.records.page_data import RunTemplates
 
 __all__ = [
@@ -283,7 +284,7 @@ class Stream:
         try:
             layer = read_layer(self.input, inside)
         except FormatError:
-            self.legacy = bool(legacy_kind(self.input.peek(LEGACY_MARK)))
+            self.legacy = is_legacy(self.input.peek(SHAPE_LENGTH)) is not None
             raise
         self.layers.append(layer)
         self._open[layer.name] = layer
