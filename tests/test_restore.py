@@ -101,6 +101,13 @@ class Told(ModelGuest):
             self.note(f"populate {len(pfns)}")
         super().populate(pfns)
 
+    def take_run(self, first_pfn: int, count: int, type: int) -> memoryview:
+        before = self.n_populated
+        memory = super().take_run(first_pfn, count, type)
+        if self.n_populated > before:
+            self.note(f"populate {self.n_populated - before}")
+        return memory
+
     def complete(self) -> RestoredRings:
         self.note("complete")
         return super().complete()
@@ -115,6 +122,19 @@ def told(target: Told, name: str, answer: int = 1) -> Callable[..., int]:
 
 
 # What reaches the guest
+
+
+def test_a_run_reaches_a_target_that_takes_runs_as_it_does_one_that_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    octets = hvm(pages(0, [1, 2, 3]), pages(2, [4, 5]))
+    with_runs, _ = run(octets)
+    monkeypatch.setattr(ModelGuest, "take_run", None)
+    without, _ = run(octets)
+    for guest_ in (with_runs, without):
+        assert [content(guest_, pfn)[0] for pfn in range(4)] == [1, 2, 4, 5]
+        assert types(guest_, 0, 3) == [0, 0]
+        assert guest_.n_populated == 4
 
 
 def test_pages_types_and_state_reach_the_guest() -> None:

@@ -308,12 +308,11 @@ class _Restore:
 
     def _apply(self, frame: Frame) -> None:
         assert self._applier is not None
-        memory = self._applier.memory
-        before = memory.pages
         self._applier.apply(frame)
         if frame.is_page_data:
+            memory = self._applier.memory
             kind: PassKind = "checkpoint" if self._spill else "verify" if memory.verifying else "memory"
-            self.passes.received(frame, kind, memory.pages - before)
+            self.passes.received(kind, memory.batch, frame.length)
 
     def _checkpoint(self, frame: Frame) -> None:
         """Take a complete checkpoint: ask, then apply what waited, then let COLO's guest run on it."""

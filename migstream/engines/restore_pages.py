@@ -7,7 +7,8 @@ target's memory. In verify mode they are read beside it and compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from migstream.io.reader import Frame
 from migstream.records.page_data import Entries, PageData
 from migstream.records.page_types import PageType, type_name
 
-__all__ = ["PageReceiver"]
+__all__ = ["Batch", "PageReceiver"]
 
 Pfns = npt.NDArray[np.uint64]
 Types = npt.NDArray[np.uint8]
@@ -43,55 +44,80 @@ _POPULATED = _by_type({t: t.populated for t in PageType}).astype(np.bool_)
 _LEVEL = _by_type({t: t.page_table_level for t in PageType})
 
 
+class Batch(NamedTuple):
+    """What one PAGE_DATA record held: entries, of them with a page; its first and last PFN as they stand."""
+
+    entries: int
+    pages: int
+    first_pfn: int
+    last_pfn: int
+
+
 class PageReceiver:
     """Takes PAGE_DATA records into ``target``.
 
     ``highest_pfn`` is the highest PFN that the stream itself allows: of a PV guest its P2M_FRAMES'
     p2m_end_pfn, ``None`` for HVM. ``localises``: page tables hold PFNs, which the target has to turn into
-    its frames. ``pages`` counts pages received; ``differing`` is the set of PFNs that verify mode found to
-    differ.
+    its frames. ``pages`` counts pages received, ``batch`` tells of the last record; ``differing`` is the set
+    of PFNs that verify mode found to differ.
     """
 
     def __init__(self, target: RestoreTarget, *, localises: bool) -> None:
         self.target = target
+        self._take_run: Callable[[int, int, int], memoryview] | None = getattr(target, "take_run", None)
         self.localises = localises
         self.highest_pfn: int | None = None
         self.verifying = False
         self.pages = 0
+        self.batch = Batch(0, 0, 0, 0)
         self.differing = PfnBitmap(target.max_pfn + 1)
 
     def receive(self, frame: Frame) -> None:
         """Take one record. Raises `FormatError` for a bad one, `GuestError` if the target cannot take it."""
-        record = frame.record()
-        assert isinstance(record, PageData)
-        if not record.count:
+        count = frame.page_head().entries
+        if not count:
             raise refusal(frame, "expected at least one PFN, found a count of 0", field="count")
-        pieces = [
-            Entries(record.entries[start : start + ENTRIES_AT_ONCE].raw, record.entries.order)
-            for start in range(0, record.count, ENTRIES_AT_ONCE)
-        ]
-        self._check(frame, record, pieces)
+        pieces = list(frame.entries(count, ENTRIES_AT_ONCE))
+        self._check(frame, count, pieces)
+        before = self.pages
         for piece in pieces:
-            self._apply(frame, piece.pfns, piece.types)
+            self._apply(frame, piece)
+        self.batch = Batch(count, self.pages - before, pieces[0].first_pfn, pieces[-1].last_pfn)
 
     # Judging
 
-    def _check(self, frame: Frame, record: PageData, pieces: Sequence[Entries]) -> None:
+    def _check(self, frame: Frame, count: int, pieces: Sequence[Entries]) -> None:
         data_pages = 0
         for number, piece in enumerate(pieces):
-            self._check_entries(frame, number * ENTRIES_AT_ONCE, piece.pfns, piece.types)
-            data_pages += int(np.count_nonzero(_HAS_DATA[piece.types]))
-        expected = record.head_size + 8 * record.count + PAGE_SIZE * data_pages
+            if not self._plain(piece):
+                self._check_entries(frame, number * ENTRIES_AT_ONCE, piece.pfns, piece.types)
+            if piece.run is None:
+                data_pages += int(np.count_nonzero(_HAS_DATA[piece.types]))
+            elif _HAS_DATA[piece.run.type]:
+                data_pages += piece.run.length
+        expected = PageData.head_size + 8 * count + PAGE_SIZE * int(data_pages)
         if frame.length != expected:
             raise refusal(
                 frame,
-                f"{record.count} entries, {data_pages} of them with a page, need {expected} octets; "
+                f"{count} entries, {data_pages} of them with a page, need {expected} octets; "
                 f"the body has {frame.length}",
                 field="length",
                 at=-4,
             )
         for number, piece in enumerate(pieces):
-            self._check_target(frame, number * ENTRIES_AT_ONCE, piece.pfns, piece.types)
+            if not self._plain(piece):
+                self._check_target(frame, number * ENTRIES_AT_ONCE, piece.pfns, piece.types)
+
+    def _plain(self, piece: Entries) -> bool:
+        """Whether the entries are one run within all bounds, as nearly every batch of a first pass is.
+
+        What is not may still be right: then the arrays are looked at.
+        """
+        run = piece.run
+        if run is None or not _KNOWN[run.type]:
+            return False
+        highest = self.target.max_pfn if self.highest_pfn is None else self.highest_pfn
+        return run.first + run.length - 1 <= min(highest, self.target.max_pfn)
 
     def _check_entries(self, frame: Frame, first: int, pfns: Pfns, types: Types) -> None:
         bad = ~_KNOWN[types]
@@ -121,7 +147,16 @@ class PageReceiver:
 
     # Applying
 
-    def _apply(self, frame: Frame, pfns: Pfns, types: Types) -> None:
+    def _apply(self, frame: Frame, piece: Entries) -> None:
+        run = piece.run
+        ordinary = run is not None and run.type == PageType.NOTAB and not self.verifying
+        if run is not None and ordinary and self._take_run is not None and self._plain(piece):
+            frame.readv_into([self._take_run(run.first, run.length, run.type)])
+            self.pages += run.length
+        else:
+            self._apply_arrays(frame, piece.pfns, piece.types)
+
+    def _apply_arrays(self, frame: Frame, pfns: Pfns, types: Types) -> None:
         target = self.target
         self._populate(pfns[_POPULATED[types]])
         within = pfns <= target.max_pfn
@@ -134,15 +169,16 @@ class PageReceiver:
             pfns, types = pfns[with_data], types[with_data]
         if self.verifying:
             for start in range(0, len(pfns), PAGES_COMPARED):
-                piece = slice(start, start + PAGES_COMPARED)
-                self._compare(frame, pfns[piece], types[piece])
+                part = slice(start, start + PAGES_COMPARED)
+                self._compare(frame, pfns[part], types[part])
         elif len(pfns):
             frame.readv_into(target.pages(pfns))
             self._localise_in_place(frame, pfns, types)
         self.pages += len(pfns)
 
     def _populate(self, pfns: Pfns) -> None:
-        fresh = pfns[~self.target.populated(pfns)]
+        populated = self.target.populated(pfns)
+        fresh = pfns[~populated] if populated.any() else pfns
         if len(fresh):
             self.target.populate(_distinct(fresh))
 

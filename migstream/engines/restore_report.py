@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from migstream.engines.common import Missing
 from migstream.engines.progress import PassKind, PassReport, PassStart, Progress
+from migstream.engines.restore_pages import Batch
 from migstream.io.reader import Frame
-from migstream.records import PageData, Record, libxl
-from migstream.records.page_types import PFN_MASK
+from migstream.records import Record, libxl
 
 __all__ = ["MISMATCHES_LISTED", "LibxlRecords", "Outcome", "Passes", "RestoreResult"]
 
@@ -93,22 +93,19 @@ class Passes:
         self._pages = self._octets = 0
         self._started = 0.0
 
-    def received(self, frame: Frame, kind: PassKind, pages: int) -> None:
-        """Tell of one PAGE_DATA record that was applied, ``pages`` of it with content."""
-        record = frame.record()
-        assert isinstance(record, PageData)
-        entries = record.entries
-        first, last = entries[0] & PFN_MASK, entries[-1] & PFN_MASK
+    def received(self, kind: PassKind, batch: Batch, octets: int) -> None:
+        """Tell of one PAGE_DATA record of ``octets`` that was applied."""
+        first = batch.first_pfn
         if self._kind is not None and (first <= self._last_pfn or kind != self._kind):
             self.close()
         if self._kind is None:
             self._kind = kind
             self._started = time.monotonic()
             self._progress.begin(PassStart(kind, self._number, None))
-        self._last_pfn = last
-        self._pages += len(entries)
-        self._octets += frame.length
-        self._progress.advance(pages, frame.length)
+        self._last_pfn = batch.last_pfn
+        self._pages += batch.entries
+        self._octets += octets
+        self._progress.advance(batch.pages, octets)
 
     def close(self) -> None:
         """End the pass, if one is under way."""

@@ -73,6 +73,10 @@ class Memory:
         octets = self.octets
         return [octets[start:end] for start, end in run_bounds(pfns, PAGE_SIZE)]
 
+    def run(self, first_pfn: int, count: int) -> memoryview:
+        """Return the memory of ``count`` pages from ``first_pfn``."""
+        return self.octets[first_pfn << PAGE_SHIFT : (first_pfn + count) << PAGE_SHIFT]
+
     def page(self, pfn: int) -> memoryview:
         """Return the memory of one page."""
         return self.octets[pfn << PAGE_SHIFT : (pfn + 1) << PAGE_SHIFT]

@@ -175,6 +175,11 @@ class ModelGuest(Machine):
             return self.memory.views(pfns), np.zeros(len(pfns), np.bool_)
         return self._pages_with_tables(pfns, tables, TABLE_LEVEL[types[tables]], self.frames)
 
+    def take_run(self, first_pfn: int, count: int, type: int) -> memoryview:
+        """Populate a run of pages, set their type and return their memory."""
+        self.book_run(first_pfn, count, type)
+        return self.memory.run(first_pfn, count)
+
     def _pages_with_tables(
         self,
         pfns: npt.NDArray[np.uint64],

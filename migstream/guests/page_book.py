@@ -55,12 +55,21 @@ class PageBook:
         """Give memory to ``pfns``. Raises `GuestError` past the limit."""
         self._bounded(pfns)
         with self._accounts:
-            if self.n_populated + len(pfns) > self.page_limit:
-                raise GuestError(
-                    f"no memory is left: {self.n_populated} of {self.page_limit} pages are in use, and "
-                    f"{len(pfns)} more are wanted; allow the guest more memory"
-                )
+            self._check_limit(len(pfns))
             self.n_populated += self._populated.add(pfns)
+
+    def book_run(self, first_pfn: int, count: int, type: int) -> None:
+        """Populate those of ``count`` PFNs that are not, and set the type of all."""
+        if first_pfn + count > self.n_pages:
+            raise GuestError(
+                f"PFN {first_pfn + count - 1:#x} is past the guest's last, {self.n_pages - 1:#x}"
+            )
+        with self._accounts:
+            wanted = count - self._populated.count_run(first_pfn, count)
+            if wanted:
+                self._check_limit(wanted)
+                self.n_populated += self._populated.add_run(first_pfn, count)
+        self._types[first_pfn : first_pfn + count] = type ^ XTAB
 
     def depopulate(self, pfns: npt.NDArray[np.uint64]) -> None:
         """Take memory from ``pfns``, each named once."""
@@ -71,6 +80,13 @@ class PageBook:
     def populated(self, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         """Return which of ``pfns`` have memory, bool[n]."""
         return self._populated.test(self._bounded(pfns))
+
+    def _check_limit(self, wanted: int) -> None:
+        if self.n_populated + wanted > self.page_limit:
+            raise GuestError(
+                f"no memory is left: {self.n_populated} of {self.page_limit} pages are in use, and "
+                f"{wanted} more are wanted; allow the guest more memory"
+            )
 
     def _bounded(self, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         if len(pfns) and int(pfns.max()) >= self.n_pages:

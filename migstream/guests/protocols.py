@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["PAGE_SHIFT", "PAGE_SIZE", "RestoreTarget", "RestoredRings", "SaveSource"]
+__all__ = ["PAGE_SHIFT", "PAGE_SIZE", "RestoreTarget", "RestoredRings", "SaveSource", "TakesRuns"]
 
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT  # octets; the only page size that x86 streams have
@@ -141,3 +141,17 @@ class RestoreTarget(Protocol):
 
     def clean_dirty_log(self, into: PfnBitmap) -> None:
         """Move the log of the target's own writes into ``into`` and start an empty one (COLO only)."""
+
+
+class TakesRuns(Protocol):
+    """What a `RestoreTarget` may offer besides: a whole run of ordinary pages in one call.
+
+    The engine asks whether the method is there. Most of a guest arrives as runs of 1024 PFNs, for which arrays cost more than the pages.
+    """
+
+    def take_run(self, first_pfn: int, count: int, type: int) -> memoryview:
+        """Do as `populate`, `set_page_types` and `pages` for ``count`` PFNs from ``first_pfn``.
+
+        Those that have no memory get some; all are of ``type``, which has data and is no page table. Returns
+        their writable memory. Raises `GuestError` as `populate` does.
+        """

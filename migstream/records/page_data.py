@@ -128,6 +128,16 @@ class Entries:
         return len(self.raw) // 8
 
     @property
+    def first_pfn(self) -> int:
+        """The PFN of the first entry; there is one."""
+        return int.from_bytes(self.raw[:8], self.order) & PFN_MASK
+
+    @property
+    def last_pfn(self) -> int:
+        """The PFN of the last entry; there is one."""
+        return int.from_bytes(self.raw[-8:], self.order) & PFN_MASK
+
+    @cached_property
     def run(self) -> PfnRun | None:
         """The entries as one run, or ``None`` where they are not one.
 
