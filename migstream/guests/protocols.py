@@ -146,7 +146,8 @@ class RestoreTarget(Protocol):
 class TakesRuns(Protocol):
     """What a `RestoreTarget` may offer besides: a whole run of ordinary pages in one call.
 
-    The engine asks whether the method is there. Most of a guest arrives as runs of 1024 PFNs, for which arrays cost more than the pages.
+    The engine asks whether the method is there. Most of a guest arrives as runs of 1024 PFNs, for which
+    arrays cost more than the pages.
     """
 
     def take_run(self, first_pfn: int, count: int, type: int) -> memoryview:
