@@ -131,7 +131,7 @@ class PageIndex:
         return Batch(pfns, types, offsets)
 
     def batches(self, first: int = 0, end: int | None = None) -> Iterator[Batch]:
-        """Yield every PFN in [``first``, ``end``) that the stream names, ascending, 64 Ki at a time at most."""
+        """Yield every PFN in [``first``, ``end``) that was named, ascending, at most 64 Ki at a time."""
         return self._book.batches(first, self.end if end is None else min(end, self.end))
 
     def runs(
@@ -141,11 +141,43 @@ class PageIndex:
 
         Pages whose type is in ``omit`` are left out. Runs end at multiples of 64 Ki PFNs.
         """
+        for pfns, offsets in self._with_pages(first, end, omit):
+            yield from _runs(pfns, offsets)
+
+    def pfn_runs(
+        self, first: int = 0, end: int | None = None, *, omit: frozenset[int] = frozenset()
+    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+        """Return the runs of consecutive PFNs with pages: their first PFNs and lengths, uint64[n] both.
+
+        As `runs`, but wherever the pages lie; each of these starts where one of those does.
+        """
+        starts: list[npt.NDArray[np.uint64]] = [np.empty(0, np.uint64)]
+        ends: list[npt.NDArray[np.uint64]] = [np.empty(0, np.uint64)]
+        for pfns, _ in self._with_pages(first, end, omit):
+            breaks = np.flatnonzero(np.diff(pfns) != 1)
+            begin = 1 if len(ends[-1]) and ends[-1][-1] == pfns[0] else 0
+            if begin:
+                ends[-1] = ends[-1][:-1]  # the run goes on over the edge of the batch
+            starts.append(pfns[np.concatenate(([0], breaks + 1))][begin:])
+            ends.append(pfns[np.append(breaks, len(pfns) - 1)] + np.uint64(1))
+        first_pfns = np.concatenate(starts)
+        return first_pfns, np.concatenate(ends) - first_pfns
+
+    def pfns_with_pages(
+        self, first: int = 0, end: int | None = None, *, omit: frozenset[int] = frozenset()
+    ) -> Iterator[npt.NDArray[np.uint64]]:
+        """Yield the PFNs that `runs` consists of, uint64[n], 64 Ki at most at a time."""
+        return (pfns for pfns, _ in self._with_pages(first, end, omit))
+
+    def _with_pages(
+        self, first: int, end: int | None, omit: frozenset[int]
+    ) -> Iterator[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]]:
         keep = _HAS_DATA.copy()
         keep[list(omit)] = False
         for batch in self.batches(first, end):
             there = keep[batch.types]
-            yield from _runs(batch.pfns[there], batch.offsets[there])
+            if there.any():
+                yield batch.pfns[there], batch.offsets[there]
 
     def count_by_type(self, first: int = 0, end: int | None = None) -> Counter[int]:
         """Return how many PFNs in [``first``, ``end``) have each type."""
@@ -174,8 +206,6 @@ def implied_memory(layers: list[Layer]) -> int | None:
 
 
 def _runs(pfns: npt.NDArray[np.uint64], offsets: npt.NDArray[np.int64]) -> Iterator[PageRun]:
-    if not len(pfns):
-        return
     breaks = (np.diff(pfns) != 1) | (np.diff(offsets) != PAGE_SIZE)
     starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
     counts = np.diff(np.append(starts, len(pfns)))

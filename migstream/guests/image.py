@@ -42,7 +42,7 @@ from migstream.records.libxc import (
 from migstream.records.page_types import PageType
 from migstream.records.pv_state import PV_LAYOUTS
 
-__all__ = ["Holes", "ImageSource", "ImageTarget"]
+__all__ = ["Holes", "ImageSource", "ImageTarget", "SuspendedImage"]
 
 PV = PV_LAYOUTS[8]
 
@@ -55,35 +55,16 @@ class Holes(Enum):
     ZERO = "zero"  # those that are all zeros
 
 
-class ImageSource:
-    """A raw image as a `SaveSource`: suspended by nature, without a dirty log.
+class SuspendedImage:
+    """What every file of memory is as a `SaveSource`: suspended by nature, without a dirty log.
 
     A PV image is taken for 64-bit, and its stream has no vCPUs: a restore that wants to start it refuses.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        guest_type: GuestType = GuestType.HVM,
-        *,
-        holes: Holes = Holes.KEEP,
-    ) -> None:
-        """Open the image. Raises `GuestError` if it is not a file of whole pages, `OSError` if unreadable."""
+    def __init__(self, guest_type: GuestType, max_pfn: int) -> None:
+        """Make one of a guest whose highest PFN is ``max_pfn``."""
         self._guest_type = guest_type
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            size = os.fstat(fd).st_size
-            if size == 0 or size % PAGE_SIZE:
-                raise GuestError(
-                    f"{os.fspath(path)!r} has {size} octets; a memory image is whole pages of {PAGE_SIZE}, "
-                    "at least one"
-                )
-            self.n_pages = size >> PAGE_SHIFT
-            self._memory = Memory(mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ), self.n_pages)
-            self._without_data = _holes(fd, self.n_pages) if holes is not Holes.KEEP else None
-        finally:
-            os.close(fd)
-        self._zero_is_hole = holes is Holes.ZERO
+        self._max_pfn = max_pfn
 
     @property
     def guest_type(self) -> GuestType:
@@ -93,7 +74,7 @@ class ImageSource:
     @property
     def max_pfn(self) -> int:
         """The last page of the file."""
-        return self.n_pages - 1
+        return self._max_pfn
 
     @property
     def suspended(self) -> bool:
@@ -123,23 +104,6 @@ class ImageSource:
         """Return a time stamp counter at rest: all the state that an image has."""
         return [X86TscInfo(mode=TscMode.DEFAULT, khz=0, nsec=0, incarnation=0)]
 
-    def page_types(self, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
-        """Return NOTAB, or XTAB for the pages that count as holes."""
-        types = np.full(len(pfns), PageType.NOTAB, np.uint8)
-        if self._without_data is not None:
-            holes = self._without_data.test(pfns)
-            if self._zero_is_hole:
-                there = ~holes
-                holes[there] = ~np.bitwise_or.reduce(self._memory.words[pfns[there]], axis=1).astype(np.bool_)
-            types[holes] = PageType.XTAB
-        return types
-
-    def pages(
-        self, pfns: npt.NDArray[np.uint64], types: npt.NDArray[np.uint8]
-    ) -> tuple[Sequence[memoryview], npt.NDArray[np.bool_]]:
-        """Return the file's own pages; none of them ever has to wait."""
-        return self._memory.views(pfns), np.zeros(len(pfns), np.bool_)
-
     def enable_dirty_log(self) -> None:
         """Refuse: raises `GuestError`."""
         self._no_log()
@@ -156,7 +120,7 @@ class ImageSource:
         self._no_log()
 
     def _no_log(self) -> NoReturn:
-        raise GuestError("a raw image does not run and has no dirty log; save it without --live")
+        raise GuestError("a memory image does not run and has no dirty log; save it without --live")
 
     def close(self) -> None:
         """Nothing to give back before the last reference goes."""
@@ -168,6 +132,51 @@ class ImageSource:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class ImageSource(SuspendedImage):
+    """A raw image as a `SaveSource`."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        guest_type: GuestType = GuestType.HVM,
+        *,
+        holes: Holes = Holes.KEEP,
+    ) -> None:
+        """Open the image. Raises `GuestError` if it is not a file of whole pages, `OSError` if unreadable."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(fd).st_size
+            if size == 0 or size % PAGE_SIZE:
+                raise GuestError(
+                    f"{os.fspath(path)!r} has {size} octets; a memory image is whole pages of {PAGE_SIZE}, "
+                    "at least one"
+                )
+            self.n_pages = size >> PAGE_SHIFT
+            self._memory = Memory(mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ), self.n_pages)
+            self._without_data = _holes(fd, self.n_pages) if holes is not Holes.KEEP else None
+        finally:
+            os.close(fd)
+        self._zero_is_hole = holes is Holes.ZERO
+        super().__init__(guest_type, max_pfn=self.n_pages - 1)
+
+    def page_types(self, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
+        """Return NOTAB, or XTAB for the pages that count as holes."""
+        types = np.full(len(pfns), PageType.NOTAB, np.uint8)
+        if self._without_data is not None:
+            holes = self._without_data.test(pfns)
+            if self._zero_is_hole:
+                there = ~holes
+                holes[there] = ~np.bitwise_or.reduce(self._memory.words[pfns[there]], axis=1).astype(np.bool_)
+            types[holes] = PageType.XTAB
+        return types
+
+    def pages(
+        self, pfns: npt.NDArray[np.uint64], types: npt.NDArray[np.uint8]
+    ) -> tuple[Sequence[memoryview], npt.NDArray[np.bool_]]:
+        """Return the file's own pages; none of them ever has to wait."""
+        return self._memory.views(pfns), np.zeros(len(pfns), np.bool_)
 
 
 def _holes(fd: int, n_pages: int) -> PfnBitmap:

@@ -18,6 +18,9 @@ __all__ = ["MODULES", "describe", "kind", "open_source", "open_target", "parse"]
 MODULES = {
     "model": "migstream.guests.kind_model",
     "raw": "migstream.guests.kind_raw",
+    "elf": "migstream.guests.kind_elf",
+    "core": "migstream.guests.kind_core",
+    "lime": "migstream.guests.kind_lime",
 }
 
 
