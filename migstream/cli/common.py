@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -27,7 +28,9 @@ __all__ = [
     "input_argument",
     "open_output",
     "open_stream",
+    "refuse_same_file",
     "reporting_errors",
+    "size_option",
     "timeout_option",
 ]
 
@@ -90,6 +93,40 @@ def open_output(out: str) -> Iterator[int]:
             if exc.errno in NO_ROOM and exc.filename is None:
                 exc.filename = out
             raise
+
+
+def refuse_same_file(source: str, out: str) -> None:
+    """End with exit code 1 where input and output are one file: it would be read while it is written."""
+    one, other = _identity(source, STDIN), _identity(out, STDOUT)
+    if one is not None and one == other:
+        fail(MigstreamError("input and output are the same file"), source)
+        sys.exit(1)
+
+
+def _identity(name: str, standard: int) -> tuple[int, int] | None:
+    """Return device and inode of a regular file or block device, ``None`` for anything else."""
+    try:
+        if name == "-":
+            found = os.fstat(standard)
+        elif name.startswith("fd:") and name[3:].isdigit():
+            found = os.fstat(int(name[3:]))
+        else:
+            found = os.stat(name)
+    except OSError:
+        return None
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def size_option(name: str, text: str | None, example: str = "8G") -> int | None:
+    """Return the octets that the value of option ``name`` says, such as 8G; usage error where it is none."""
+    from migstream.guests.kind import GuestSpecError, parse_size
+
+    try:
+        return None if text is None else parse_size(text, example)
+    except GuestSpecError as exc:
+        raise click.BadParameter(printable(str(exc)), param_hint=name) from None
 
 
 def error_lines(error: BaseException, file: str) -> str:

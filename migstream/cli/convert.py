@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import stat
-import sys
 from pathlib import Path
 
 import click
 
-from migstream.cli.common import STDIN, fail, open_output, open_stream, reporting_errors, timeout_option
+from migstream.cli.common import (
+    open_output,
+    open_stream,
+    refuse_same_file,
+    reporting_errors,
+    size_option,
+    timeout_option,
+)
 from migstream.converting.options import MAX_BATCH, TARGETS, ConvertError, Options
 from migstream.text import printable
 
@@ -105,8 +109,8 @@ def command(
 
     Exit code: 0 converted, 1 not, 2 wrong usage.
     """
-    memory = _size(max_memory)
-    _refuse_same_file(source, out)
+    memory = size_option("--max-memory", max_memory)
+    refuse_same_file(source, out)
     with reporting_errors(source):
         from migstream.converting import convert
         from migstream.converting.static_data import read_policy
@@ -131,15 +135,6 @@ def _tell(note: str) -> None:
     click.echo(f"note: {printable(note)}", err=True)
 
 
-def _size(text: str | None) -> int | None:
-    from migstream.guests.kind import GuestSpecError, parse_size
-
-    try:
-        return None if text is None else parse_size(text, "8G")
-    except GuestSpecError as exc:
-        raise click.BadParameter(printable(str(exc)), param_hint="--max-memory") from None
-
-
 def _read_config(path: str | None) -> bytes | None:
     if path is None:
         return None
@@ -148,27 +143,3 @@ def _read_config(path: str | None) -> bytes | None:
     if len(config) > MAX_CONFIG:
         raise ConvertError(f"{path} has more than {MAX_CONFIG} octets: it is no domain config")
     return config
-
-
-def _refuse_same_file(source: str, out: str) -> None:
-    """End with exit code 1 where input and output are one file: it would be read while it is written."""
-    one, other = _identity(source, STDIN), _identity(out, 1)
-    if one is not None and one == other:
-        fail(ConvertError("input and output are the same file"), source)
-        sys.exit(1)
-
-
-def _identity(name: str, standard: int) -> tuple[int, int] | None:
-    """Return device and inode of a regular file or block device, ``None`` for anything else."""
-    try:
-        if name == "-":
-            found = os.fstat(standard)
-        elif name.startswith("fd:") and name[3:].isdigit():
-            found = os.fstat(int(name[3:]))
-        else:
-            found = os.stat(name)
-    except OSError:
-        return None
-    if not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
-        return None
-    return found.st_dev, found.st_ino
