@@ -17,6 +17,7 @@ COMMANDS = {
     "save": "Save GUEST as a libxc stream to OUT: a file, '-' for standard output, or fd:N.",
     "restore": "Restore the stream IN (a file, '-' for standard input, or fd:N) into GUEST.",
     "migrate": "Migrate SRC to DST, two guests such as model:64M or raw:FILE, live unless told otherwise.",
+    "convert": "Write the stream IN (a file, '-' for standard input, or fd:N) to OUT in another form.",
     "demo": "Live-migrate a busy machine through a pipe, and compare both page by page.",
 }
 
