@@ -4,7 +4,8 @@ A policy is a function from `PrecopyStats` to a `Decision`. It is asked twice a 
 (tools/libs/guest/xg_sr_save.c, send_memory_live): once with the number of pages that are dirty now, which
 are about to be sent, and once behind the pass, when that number is not known (-1).
 
-    save(guest, fd, live=True, policy=first_of(max_downtime(0.3), converge(), max_iterations(30)))
+    policy = first_of(max_downtime(0.3), converge(), max_iterations(30))
+    save(guest, fd, live=True, callbacks=SaveCallbacks(precopy_policy=policy))
     migstream save model:1G out --live --policy max-downtime=300ms --policy converge
 """
 
