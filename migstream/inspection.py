@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from migstream.errors import StreamError
 from migstream.io.reader import Frame, Layer, Stream, Trailer
 from migstream.page_stats import Batch, PageStats
-from migstream.records import Record, libxc, libxl, xl
+from migstream.records import Record, envelopes, libxc, libxl, xl
 from migstream.records.libxc import GuestType
+from migstream.text import decode
 
 __all__ = ["JSON_VERSION", "Line", "Report", "inspect"]
 
@@ -105,6 +106,7 @@ class Report:
     static_end_offset: int | None = None
     vcpus: set[int] = field(default_factory=set)
     pv_info: libxc.X86PvInfo | None = None
+    xenops: str | None = None
     verify: bool = False
     ending: str | None = None
     octets: int = 0
@@ -144,17 +146,17 @@ class Report:
 
     @property
     def config(self) -> object:
-        """The xl file's config: the JSON value, or its text where it is none, or ``None``."""
-        layer = next((layer for layer in self.layers if layer.name == "xl"), None)
-        config = layer.header(xl.SaveFileConfig) if layer else None
-        if config is None:
-            return None
+        """The envelope's config: an xl file's JSON value, or text: what is no JSON, XML, an S-expression."""
+        configs = [self.xenops, *(layer.config_text for layer in self.layers)]
+        text = next((config for config in configs if config is not None), None)
+        if text is None or self.layers[0].name != "xl":
+            return text
         import json
 
         try:
-            return json.loads(config.text)
+            return json.loads(text)
         except (ValueError, RecursionError):
-            return config.text
+            return text
 
     def to_json(self) -> dict[str, object]:
         """Return the report in its documented form (``spec/inspect.md``)."""
@@ -207,6 +209,12 @@ def _layer_json(layer: Layer) -> dict[str, object]:
                 version, options = header.version, header.options
             case xl.SaveFileHeader():
                 options = header.mandatory_flags
+            case envelopes.LibvirtHeader():
+                version = header.version
+            case envelopes.XapiHeader():
+                version = 2
+            case envelopes.Xapi1Header():
+                version = 1
     return {
         "name": layer.name,
         "offset": layer.offset,
@@ -281,6 +289,8 @@ def _note(record: Record, report: Report) -> None:
             report.static_present.add(_POLICIES[type(record)])
         case libxc.Verify():
             report.verify = True
+        case envelopes.Xenops() if report.xenops is None:
+            report.xenops = decode(record.config.rstrip(b"\0"))
 
 
 def _static_end(frame: Frame, report: Report) -> None:

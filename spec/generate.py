@@ -15,13 +15,13 @@ from enum import IntEnum
 from pathlib import Path
 
 from migstream.layout import TABLE, Required
-from migstream.records import Declaration, libxc, libxl, record_types, xl
+from migstream.records import Declaration, envelopes, libxc, libxl, record_types, xl
 from migstream.records.hvm_params import HvmParam
 from migstream.records.page_types import PageType
 from migstream.verification.rules import RULES, Severity
 
 HERE = Path(__file__).parent
-MODULES = {"libxc": libxc, "libxl": libxl, "xl": xl}
+MODULES = {"envelopes": envelopes, "libxc": libxc, "libxl": libxl, "xl": xl}
 MARK = re.compile(r"(<!-- (fields|enum|types|layout) ?(\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

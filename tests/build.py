@@ -91,6 +91,35 @@ def xl(content: bytes, config: bytes = CONFIG, *, flags: int = 3, order: str = "
     return b"Xen saved domain, xl format\n \0 \r" + numbers + data + content
 
 
+XML = b"<domain type='xen'><name>guest</name></domain>\0"
+
+
+def libvirt(content: bytes, xml: bytes = XML, *, version: int = 2) -> bytes:
+    """Return a save image of libvirt's libxl driver around ``content``."""
+    return b"libvirt-xml\n \0 \r" + struct.pack("<II40x", version, len(xml)) + xml + content
+
+
+SEXPR = b"(domain (name guest) (vcpus 1) (image (linux (kernel /k))))"
+
+
+def xend(content: bytes, config: bytes = SEXPR) -> bytes:
+    """Return a save file of xend around ``content``."""
+    return b"LinuxGuestRecord" + struct.pack(">i", len(config)) + config + content
+
+
+XENOPS = b'((time 20140101T00:00:00Z)(word_size 64)(vm_str "<vm>")(xs_subtree()))'
+
+
+def segment(code: int, body: bytes = b"", length: int | None = None) -> bytes:
+    """Return a segment of xapi's suspend image: type, length, body."""
+    return struct.pack("<qq", code, len(body) if length is None else length) + body
+
+
+def xapi(*segments: bytes, xenops: bytes = XENOPS, end: bool = True) -> bytes:
+    """Return a suspend image of xapi, version 2: Xenops, then ``segments``, then End."""
+    return b"XenSavedDomv2-\n" + segment(0x0F, xenops) + b"".join(segments) + segment(0xFFFF) * end
+
+
 def remus_stream(rounds: int = 2) -> bytes:
     """Return a libxl stream with ``rounds`` checkpoints behind the first, which then stops."""
     first = record(LIBXC_CONTEXT) + image(end=False)

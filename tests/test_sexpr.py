@@ -270,7 +270,21 @@ def test_what_is_no_domain_config_is_refused(text: str) -> None:
         to_xl_config(parse(text))
 
 
-WORDS = "domain image hvm linux device vbd vif vfb vcpus uname backend -1 2".split()
+WORDS = [
+    "domain",
+    "image",
+    "hvm",
+    "linux",
+    "device",
+    "vbd",
+    "vif",
+    "vfb",
+    "vcpus",
+    "uname",
+    "backend",
+    "-1",
+    "2",
+]
 
 
 @settings(max_examples=150, deadline=None)

@@ -29,10 +29,14 @@ from tests.build import (
     X86_TSC_INFO,
     XENSTORE_DATA,
     header,
+    libvirt,
     libxl,
     page,
     page_data,
     record,
+    segment,
+    xapi,
+    xend,
     xl,
 )
 
@@ -76,6 +80,7 @@ WHOLE = hvm(STATIC, PAGES, TAIL, ENDED)
 PV_WHOLE = pv(PV_INFO, STATIC, P2M, PAGES, PV_TAIL, ENDED)
 NESTED = libxl(record(LIBXC_CONTEXT), WHOLE, record(EMULATOR_CONTEXT, EMULATOR + b"QEVM"), ENDED)
 XL = xl(NESTED)
+LIBXC_SEGMENT = segment(0xF0, WHOLE, 0)
 FIRST_CHECKPOINT = hvm(STATIC, PAGES, TAIL, record(CHECKPOINT))
 REMUS = libxl(record(LIBXC_CONTEXT), FIRST_CHECKPOINT, record(CHECKPOINT_END))
 
@@ -103,6 +108,17 @@ BROKEN: dict[str, bytes] = {
     "xl-config-malformed": xl(NESTED, config=b"name = 'guest'\n\0"),
     "xl-config-surplus": patched(XL, 48, struct.pack("<I", len(build.CONFIG) - 4)),
     "xl-without-libxl": xl(WHOLE),
+    "libvirt-version": libvirt(NESTED, version=3),
+    "libvirt-not-stream-v2": libvirt(NESTED, version=1),
+    "libvirt-xml-absent": libvirt(NESTED, b""),
+    "libvirt-xml-malformed": libvirt(NESTED, b"<domain/>"),
+    "libvirt-without-libxl": libvirt(WHOLE),
+    "xend-config-malformed": xend(b"", b"(domain"),
+    "xapi-segment-unknown": xapi(LIBXC_SEGMENT, segment(0x0F02, b"new")),
+    "xapi-segment-unread": xapi(LIBXC_SEGMENT, segment(0x0F01, b"QEVM")),
+    "xapi-segment-length": xapi(segment(0xF0, WHOLE)),
+    "xapi-xenops-malformed": xapi(LIBXC_SEGMENT, xenops=b"((time 0))"),
+    "xapi-image-absent": xapi(),
     "libxl-version": patched(NESTED, 8, b"\0\0\0\x03"),
     "libxl-big-endian": build.libxl_stream("big"),
     "libxl-options-reserved": patched(NESTED, 12, b"\x80\0\0\0"),
@@ -189,6 +205,8 @@ SOUND = {
     "PV image": PV_WHOLE,
     "libxl stream": NESTED,
     "xl file": XL,
+    "libvirt image": libvirt(NESTED),
+    "xapi image": xapi(LIBXC_SEGMENT, segment(0xF11, b"efivars"), segment(0xF00, b"QEVM")),
     "bare Remus image": FIRST_CHECKPOINT + page_data([1], page(9)) + TAIL + record(CHECKPOINT) + ENDED,
     "Remus in libxl": REMUS + page_data([1], page(9)) + TAIL + record(CHECKPOINT) + record(CHECKPOINT_END),
     "COLO in libxl": REMUS + record(CHECKPOINT_STATE, bytes(4)) + page_data([1], page(9)) + TAIL,
@@ -249,6 +267,10 @@ PLACES: dict[str, tuple[str, int | None, Callable[[bytes], int]]] = {
     "libxl-version": ("libxl", None, lambda _: 8),
     "xl-mandatory-flags": ("xl", None, lambda _: 36),
     "page-type": ("libxc", 4, lambda octets: octets.index(struct.pack("<QII", 7 << 60 | 3, 8, 24)) - 16),
+    "libvirt-version": ("libvirt", None, lambda _: 16),
+    "libvirt-xml-malformed": ("libvirt", None, lambda _: 64),
+    "xend-config-malformed": ("xend", None, lambda _: 27),
+    "xapi-segment-length": ("xapi", 1, lambda octets: octets.index(WHOLE) - 8),
     "record-length": ("libxc", 3, lambda octets: len(octets) - 4),
     "stream-truncated": ("libxc", None, len),
     "after-end": ("libxc", None, lambda octets: len(octets) - 4),

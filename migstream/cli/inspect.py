@@ -23,7 +23,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object (its keys: spec/inspect.md).")
 @click.option("--jsonl", "as_jsonl", is_flag=True, help="One JSON object for each record, then the summary.")
 @click.option("--zero-pages", is_flag=True, help="Count the pages that are all zero; reads every page.")
-@click.option("--config", "show_config", is_flag=True, help="Print the config of an xl file, and only that.")
+@click.option("--config", "show_config", is_flag=True, help="Print the domain's config, and only that.")
 @timeout_option
 def command(
     file: str,

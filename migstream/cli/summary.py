@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from migstream.inspection import Report
-from migstream.records import libxc, xl
+from migstream.records import libxc
 from migstream.text import printable, size
 
 __all__ = ["summary"]
 
 PASSES_SHOWN = 12
+KINDS = {
+    "xl": "xl save file",
+    "libvirt": "libvirt save image",
+    "xend": "xend save file",
+    "xapi1": "xapi suspend image",
+    "xapi": "xapi suspend image",
+    "libxl": "libxl stream",
+    "libxc": "libxc image",
+}
 
 
 def summary(report: Report, file: str) -> Iterator[str]:
@@ -43,7 +52,7 @@ def summary(report: Report, file: str) -> Iterator[str]:
 def _headline(report: Report) -> str:
     if not report.layers:
         return "no migration stream"
-    kind = {"xl": "xl save file", "libxl": "libxl stream", "libxc": "libxc image"}[report.layers[0].name]
+    kind = KINDS[report.layers[0].name]
     guest = f", {report.guest_type.upper()} guest" if report.guest_type else ""
     xen = f", Xen {report.xen_version}" if report.xen_version else ""
     if report.error is not None:
@@ -64,10 +73,10 @@ def _layers(report: Report) -> list[dict[str, object]]:
 def _layer(layer: dict[str, object], report: Report) -> list[str]:
     name = str(layer["name"])
     version = "-" if layer["version"] is None else str(layer["version"])
-    said = ""
-    if name == "xl":
-        config = report.layers[0].header(xl.SaveFileConfig)
-        said = f"config of {config.config_len} octets" if config else "no config"
+    found = next(found for found in report.layers if found.offset == layer["offset"])
+    said = f"config of {len(found.config)} octets" if found.config is not None else ""
+    if name in ("xl", "libvirt", "xend") and not found.config:
+        said = "no config"
     return [name, str(layer["offset"]), version, str(layer["byte_order"]), said]
 
 

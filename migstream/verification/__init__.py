@@ -10,14 +10,15 @@ from __future__ import annotations
 from typing import Protocol
 
 from migstream.errors import FormatError, StreamError, TruncatedError
-from migstream.io.reader import Frame, Layer, Stream, Trailer
+from migstream.io.reader import Frame, Layer, Segment, Stream, Trailer
 from migstream.layout import Kind, Layout
-from migstream.records import MAX_RECORD_LENGTH, libxc, libxl, xl
+from migstream.records import MAX_RECORD_LENGTH, envelopes, libxc, libxl, xl
 from migstream.records.libxc import GuestType
 from migstream.verification.fields import check_fields
 from migstream.verification.findings import Finding, Verdict
 from migstream.verification.pages import PageContext, check_page_data
 from migstream.verification.rules import RULES, Rule, Severity
+from migstream.verification.toolstacks import check_content, check_envelope, check_segment
 
 __all__ = ["RULES", "Finding", "Rule", "Severity", "Verdict", "verify"]
 
@@ -99,6 +100,12 @@ class _Verifier:
                     self._image_header(header, complain)
                 case libxc.DomainHeader():
                     self._domain_header(header, complain)
+                case _:
+                    for rule, message, offset in check_envelope(header):
+                        complain(rule, message, offset)
+        if len(self.stream.layers) == 2:
+            for rule, message in check_content(layer, self.stream.layers[0]):
+                complain(rule, message)
         if layer.name == "libxc":
             self._image(layer, complain)
 
@@ -174,6 +181,9 @@ class _Verifier:
     def frame(self, frame: Frame) -> None:
         self._padding_of_previous()
         self._previous = frame
+        if isinstance(frame, Segment):
+            self._segment(frame)
+            return
         if frame.length > MAX_RECORD_LENGTH:
             text = f"the length is {frame.length}, the limit {MAX_RECORD_LENGTH}"
             self.complain("record-length", text, frame, frame.offset + 4)
@@ -185,6 +195,12 @@ class _Verifier:
             self._fields(frame)
         else:
             self._libxc_record(frame)
+
+    def _segment(self, segment: Segment) -> None:
+        for rule, message, offset in check_segment(segment):
+            self.complain(rule, message, segment, offset)
+        if segment.record_class is envelopes.EndOfImage and self.stream.layer("libxc") is None:
+            self.complain("xapi-image-absent", "End comes without an image before it", segment)
 
     def _padding_of_previous(self) -> None:
         frame = self._previous

@@ -33,6 +33,10 @@ class Rule:
 _LIBXC = "libxc-migration-stream"
 _LIBXL = "libxl-migration-stream"
 _XL = "Xen tools/xl/xl.h, struct save_file_header"
+_LIBVIRT = "libvirt src/libxl/libxl_conf.h, libxlSavefileHeader"
+_XEND = "Xen 4.4 tools/python/xen/xend/XendCheckpoint.py"
+_XAPI = "xapi ocaml/xenopsd/lib/suspend_image.ml"
+_XAPI_RESTORE = "xapi ocaml/xenopsd/xc/domain.ml, restore_common"
 E, W, N = Severity.ERROR, Severity.WARNING, Severity.NOTE
 
 _TABLE = (
@@ -44,6 +48,18 @@ _TABLE = (
     Rule("xl-config-malformed", E, "The config is not the JSON object that the flags announce", _XL),
     Rule("xl-config-surplus", W, "Data follow the config inside the optional data; xl skips them", _XL),
     Rule("xl-without-libxl", E, "A libxc image stands directly in the xl file; xl expects a libxl stream", _XL),
+    # Other envelopes
+    Rule("libvirt-version", E, "The version of libvirt's save image is 1 or 2", _LIBVIRT),
+    Rule("libvirt-not-stream-v2", E, "Version 1 announces a legacy stream, though another one follows", _LIBVIRT),
+    Rule("libvirt-xml-absent", E, "The image carries no domain XML, which libvirt needs", _LIBVIRT),
+    Rule("libvirt-xml-malformed", E, "The XML is a domain's, with a NUL at its end", _LIBVIRT),
+    Rule("libvirt-without-libxl", E, "A libxc image stands directly in libvirt's; libvirt expects a libxl stream", _LIBVIRT),
+    Rule("xend-config-malformed", E, "The config is not the S-expression that xend writes", _XEND),
+    Rule("xapi-segment-unknown", E, "A segment of a type that is not defined; xapi refuses it", _XAPI),
+    Rule("xapi-segment-unread", E, "Libxl and Qemu_xen are defined, but xapi's restore refuses them", _XAPI_RESTORE),
+    Rule("xapi-segment-length", W, "A length where xapi writes 0 and reads none: the body ends as its own format says", _XAPI_RESTORE),
+    Rule("xapi-xenops-malformed", E, "Xenops is an S-expression with time and word_size", _XAPI),
+    Rule("xapi-image-absent", E, "A suspend image holds a libxc image; without one xapi restores nothing", _XAPI_RESTORE),
     # The libxl stream
     Rule("libxl-version", E, "The version of a libxl stream is 2", f"{_LIBXL}, Header"),
     Rule("libxl-big-endian", E, "A stream from an x86 or Arm host is little-endian; libxl refuses others", f"{_LIBXL}, Header"),
