@@ -146,7 +146,7 @@ def test_registers_of_a_pv_processor_are_read_by_the_guests_word_size(
 
 def test_a_xen_core_names_its_sections_in_their_order() -> None:
     head = core_head(GuestType.HVM, 2, [bytes(5168)], xen=(4, 17))
-    assert head[:24] == bytes.fromhex("7f454c46 02010100 0000000000000000 0400 3e00 01000000")
+    assert head[:24] == bytes.fromhex("7f454c46 02010100 0100000000000000 0400 3e00 01000000")
     assert core_tail(GuestType.HVM) == b"\0.shstrtab\0.note.Xen\0.xen_prstatus\0.xen_pages\0.xen_pfn\0"
     assert core_tail(GuestType.PV, b"x").endswith(b"\0.xen_shared_info\0.xen_pages\0.xen_p2m\0")
     notes_at = 64 + 6 * 64

@@ -67,14 +67,16 @@ def core_header(
     sections: int = 0,
     names: int = 0,
     machine: int = EM_X86_64,
+    abi_version: int = 0,
 ) -> bytes:
     """Return the header of an ELF64 core; program headers, if any, stand behind it.
 
     ``names`` is the index of the section that holds the sections' names.
     """
+    ident = IDENT[:8] + bytes([abi_version]) + IDENT[9:]
     return ELF_HEADER.pack(
-        *(IDENT, ET_CORE, machine, 1, 0, ELF_HEADER.size if program_headers else 0, section_offset, 0),
-        *(ELF_HEADER.size, _PROGRAM.itemsize if program_headers else 0, min(program_headers, PN_XNUM)),
+        *(ident, ET_CORE, machine, 1, 0, ELF_HEADER.size if program_headers else 0, section_offset, 0),
+        *(ELF_HEADER.size, _PROGRAM.itemsize, min(program_headers, PN_XNUM)),
         *(SECTION.size if sections else 0, sections, names),
     )
 

@@ -98,7 +98,9 @@ def core_head(
         at_name = shape.names.index(b"\0" + name.encode() + b"\0") + 1
         rows.append(SECTION.pack(at_name, type, 0, 0, offsets[name], length, 0, 0, align, entry))
     machine = EM_386 if contexts and len(contexts[0]) == PV_LAYOUTS[4].vcpu_context.size else EM_X86_64
-    head = core_header(section_offset=ELF_HEADER.size, sections=len(rows), names=1, machine=machine)
+    head = core_header(
+        section_offset=ELF_HEADER.size, sections=len(rows), names=1, machine=machine, abi_version=1
+    )
     octets = bytearray(offsets[".xen_pages"])
     pieces = {0: head + b"".join(rows), offsets[".note.Xen"]: notes}
     pieces[offsets[".xen_prstatus"]] = b"".join(contexts)
