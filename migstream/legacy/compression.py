@@ -25,7 +25,6 @@ import numpy as np
 import numpy.typing as npt
 
 from migstream.bitmap import PfnBitmap
-from migstream.errors import FormatError
 from migstream.io import fd as fdio
 from migstream.legacy.source import ChunkSource, Content
 from migstream.legacy.waiting import room_wanted
@@ -161,14 +160,14 @@ class CompressedBatches:
             deltas = self._rest + content.read(PIECE)
             self._rest = deltas[self._apply(deltas, start) :]
 
-    def finish(self) -> None:
-        """Check that nothing is open at a body's end."""
+    def finish(self, offset: int) -> None:
+        """Check that nothing is open at a body's end, which is at ``offset``."""
         if self._rest or self._waiting:
             lacking = sum(len(batch.pfns) - batch.done for batch in self._waiting)
             raise self._source.fault(
                 f"the body ends, and {lacking} pages of its batches are not there; "
                 f"{len(self._rest)} octets of compressed data are left over",
-                self._source.position,
+                offset,
             )
 
     def _apply(self, deltas: bytes, start: int) -> int:
@@ -191,7 +190,12 @@ class CompressedBatches:
         pfn = int(batch.pfns[batch.done])
         page = batch.next_page()
         if deltas[position] != WHOLE:
-            self._known_page(pfn, page, start + position)
+            if pfn not in self._known:
+                raise self._source.fault(
+                    f"a delta for PFN {pfn:#x}, of which no whole page came compressed before",
+                    start + position,
+                )
+            self._known.read_into(pfn, page)
         try:
             behind = apply_delta(deltas, position, page)
         except DeltaError as exc:
@@ -201,16 +205,6 @@ class CompressedBatches:
             batch.done += 1
             self._emit_whole()
         return behind
-
-    def _known_page(self, pfn: int, page: memoryview, offset: int) -> None:
-        if pfn not in self._known:
-            raise self._no_page(pfn, offset)
-        self._known.read_into(pfn, page)
-
-    def _no_page(self, pfn: int, offset: int) -> FormatError:
-        return self._source.fault(
-            f"a delta for PFN {pfn:#x}, of which no whole page came compressed before", offset
-        )
 
     def _emit_whole(self) -> None:
         while self._waiting and self._waiting[0].complete:

@@ -8,8 +8,8 @@ in a file (`waiting`) until it is complete; those of one that never is are dropp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -115,19 +115,22 @@ class _Converter:
             case CompressedPages(content):
                 self._compressed_batches().compressed(content)
             case VerifyMode():
-                with room_wanted(self._directory):
-                    self._out().record(libxc.Verify())
+                with self._page_writer() as writer:
+                    writer.record(libxc.Verify())
             case GuestState():
                 self._complete(item)
 
-    def _out(self) -> StreamWriter:
-        """Return where pages go now: the first state's straight to the output."""
+    @contextmanager
+    def _page_writer(self) -> Iterator[StreamWriter]:
+        """Give what pages are written to now: the first state's go straight to the output."""
         if self._state is None:
-            return self._writer
+            yield self._writer
+            return
         if self._waiting is None:
             self._waiting = WaitingRecords(self._directory)
             self._stack.callback(self._waiting.close)
-        return self._waiting.writer
+        with room_wanted(self._directory):
+            yield self._waiting.writer
 
     def _compressed_batches(self) -> CompressedBatches:
         if self._compressed is None:
@@ -143,21 +146,20 @@ class _Converter:
         octets = array_of(8, entries).raw
         length = PageData.head_size + len(octets) + PAGE_SIZE * pages
         head = libxc.RecordHeader(type=PageData.code, length=length).build()
-        writer = self._out()
-        with room_wanted(self._directory):
+        with self._page_writer() as writer:
             writer.write(head, PageData.struct("little").pack(len(entries), 0), octets)
             content.splice_to(writer)
         self._pages += pages
 
     def _write_pages(self, entries: npt.NDArray[np.uint64], pages: memoryview) -> None:
         if len(entries):
-            with room_wanted(self._directory):
-                self._out().pages(array_of(8, entries), [pages])
+            with self._page_writer() as writer:
+                writer.pages(array_of(8, entries), [pages])
             self._pages += len(pages) // PAGE_SIZE
 
     def _complete(self, state: GuestState) -> None:
         if self._compressed is not None:
-            self._compressed.finish()
+            self._compressed.finish(state.offset)
         if self._waiting is not None:
             self._waiting.release(self._writer)
         self._state = state

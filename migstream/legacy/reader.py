@@ -24,7 +24,7 @@ from migstream.io.inputs import Input
 from migstream.legacy.chunks import CHUNKS, PAGES, Body, ChunkType
 from migstream.legacy.header import read_header
 from migstream.legacy.source import Content
-from migstream.legacy.state import Collected, GuestState, ToolstackData, read_tail
+from migstream.legacy.state import Collected, GuestState, Qemu, ToolstackData, read_tail
 from migstream.records.legacy import MAX_BATCH
 from migstream.records.libxc import GuestType, X86TscInfo
 from migstream.records.page_types import DATA_TYPES, TYPE_SHIFT, PageType
@@ -89,7 +89,7 @@ class LegacyReader:
     ) -> None:
         self.source, self.header = read_header(source, guest)
         self._checkpointed = checkpointed
-        self._device_model = device_model
+        self._qemu = Qemu.MAYBE if device_model else Qemu.NO
         self._collected = Collected()
         self._compressing = False
         self._readers = {
@@ -104,7 +104,9 @@ class LegacyReader:
         """Yield the stream's items in order; one pass. Raises `FormatError` and `TruncatedError`."""
         while True:
             yield from self._body()
-            state = read_tail(self.source, self.header, self._collected, device_model=self._device_model)
+            state = read_tail(self.source, self.header, self._collected, self._qemu)
+            if state.device_model is not None:
+                self._qemu = Qemu.YES  # a further state without it is no whole one
             yield state
             self._compressing = "ENABLE_COMPRESSION" in self._collected.flags
             if self._ends(state) or not self.source.input.peek(1):

@@ -6,6 +6,7 @@ Source: xc_domain_restore.c of Xen 4.4, buffer_tail_pv, buffer_tail_hvm, buffer_
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from migstream.bitmap import PfnBitmap
 from migstream.errors import RecordRef, TruncatedError
@@ -15,7 +16,7 @@ from migstream.records import MAX_RECORD_LENGTH
 from migstream.records.hvm_params import HvmParam
 from migstream.records.libxc import X86TscInfo
 
-__all__ = ["Collected", "DeviceModel", "GuestState", "ToolstackData", "VcpuState", "read_tail"]
+__all__ = ["Collected", "DeviceModel", "GuestState", "Qemu", "ToolstackData", "VcpuState", "read_tail"]
 
 PAGE_SIZE = 4096
 EXTENDED_SIZE = 128  # octets of xen_domctl_ext_vcpucontext
@@ -78,9 +79,11 @@ class DeviceModel:
 class GuestState:
     """One consistent state: everything that belongs to the pages so far.
 
-    ``params`` are HVM parameters by index; ``unmapped`` the PFNs of a PV guest that have no page.
+    ``offset`` is where the tail starts in the input; ``params`` are HVM parameters by index; ``unmapped``
+    the PFNs of a PV guest that have no page.
     """
 
+    offset: int
     tsc: X86TscInfo | None
     toolstack: ToolstackData | None
     params: dict[int, int] = field(default_factory=dict)
@@ -92,14 +95,22 @@ class GuestState:
     shared_info: bytes = b""
 
 
-def read_tail(
-    source: ChunkSource, header: LegacyHeader, collected: Collected, *, device_model: bool
-) -> GuestState:
-    """Read what stands behind a body; ``device_model``: QEMU's record may follow an HVM guest's."""
+class Qemu(Enum):
+    """Whether QEMU's record follows an HVM guest's tail."""
+
+    NO = "it has a place elsewhere"
+    MAYBE = "unless the input ends"
+    YES = "as behind the state before"
+
+
+def read_tail(source: ChunkSource, header: LegacyHeader, collected: Collected, qemu: Qemu) -> GuestState:
+    """Read what stands behind a body."""
     source.enter("TAIL")
     if header.pv is None:
-        return _hvm_tail(source, collected, device_model=device_model)
+        return _hvm_tail(source, collected, qemu)
+    offset = source.position
     return GuestState(
+        offset=offset,
         tsc=collected.tsc,
         toolstack=collected.toolstack,
         unmapped=_unmapped(source, header.p2m_size),
@@ -149,18 +160,20 @@ def _xsave(source: ChunkSource, announced: int, vcpu_id: int) -> bytes:
     return source.take(length, what)
 
 
-def _hvm_tail(source: ChunkSource, collected: Collected, *, device_model: bool) -> GuestState:
+def _hvm_tail(source: ChunkSource, collected: Collected, qemu: Qemu) -> GuestState:
+    offset = source.position
     magic = {
         param: source.integer(8, f"the magic PFN {param.name}")
         for param in (HvmParam.IOREQ_PFN, HvmParam.BUFIOREQ_PFN, HvmParam.STORE_PFN)
     }
     context = _sized(source, "the HVM context")
     return GuestState(
+        offset=offset,
         tsc=collected.tsc,
         toolstack=collected.toolstack,
         params=collected.params | magic,
         hvm_context=context,
-        device_model=_device_model(source) if device_model else None,
+        device_model=None if qemu is Qemu.NO else _device_model(source, qemu),
     )
 
 
@@ -173,11 +186,11 @@ def _sized(source: ChunkSource, what: str) -> bytes:
     return source.take(length, what)
 
 
-def _device_model(source: ChunkSource) -> DeviceModel | None:
-    """Read QEMU's record, ``None`` where the input ends instead."""
+def _device_model(source: ChunkSource, qemu: Qemu) -> DeviceModel | None:
+    """Read QEMU's record, ``None`` where the input may end instead and does."""
     offset = source.position
     start = source.input.peek(SIGNATURE_LENGTH)
-    if not start:
+    if not start and qemu is Qemu.MAYBE:
         return None
     source.enter("DEVICE_MODEL")
     if start not in SIGNATURES:
