@@ -4,11 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help demo test lint format spec bench bench-quick fuzz clean
+.PHONY: help demo test test-xen lint format spec bench bench-quick fuzz clean
 
 help:
 	@echo "make demo         a look at a real stream and a live migration; leaves files in build/demo"
 	@echo "make test         the test suite"
+	@echo "make test-xen     real xl restore, under emulation, on streams that we wrote (by hand: 10 minutes, root, Debian)"
 	@echo "make lint         ruff check, ruff format --check, mypy --strict"
 	@echo "make bench        the ratios of the README, on streams that it makes (needs 9 GB of disk, 24 GB of memory)"
 	@echo "make bench-quick  the same on small streams: does it run, not how fast"
@@ -33,6 +34,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
+
+test-xen: $(READY)
+	$(BIN)/python -m tests.xen
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""Real Xen under emulation judges the streams that migstream writes. Run by hand: ``make test-xen``."""
