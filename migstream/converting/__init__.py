@@ -1,19 +1,24 @@
 """Streams in other envelopes and versions, flattened, with pages regrouped: `convert`.
 
-    stream --> pass_through   record by record, in the input's order
-          +--> flatten        one consistent state, each page once, in the order of PFNs
+::
 
-Both write through an `Envelope`, which makes the layers of the target around the records, and count
+    legacy stream --> a stream of version 3 in a temporary file --+
+    stream -------------------------------------------------------+--> pass_through   as it comes
+                                                                  +--> flatten        one state, by PFN
+
+Both ways write through an `Envelope`, which makes the layers of the target around the records, and count
 what the target cannot hold (`Losses`). Pages are moved within the kernel from where they lie.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from migstream.converting.losses import Losses
 from migstream.converting.options import TARGETS, ConvertError, Options, Target
 from migstream.converting.passthrough import pass_through
+from migstream.errors import FormatError, StreamError
 from migstream.io.detect import layer_at
 from migstream.io.reader import Frame, Stream
 from migstream.io.seekable import seekable
@@ -33,30 +38,26 @@ def convert(
     """Write ``stream``, of which nothing was read yet, to the descriptor ``fd`` in the form ``target``.
 
     An input that cannot be seeked, or is compressed, is copied to a temporary file first where pages are
-    regrouped, or where it has to be known beforehand whether something would be lost. ``tell`` is given
-    notes for a person, one line each: what was left out and why.
+    regrouped, or where it has to be known beforehand whether something would be lost; so is what a legacy
+    stream becomes. ``tell`` is given notes for a person, one line each: what was left out and why.
 
     Raises `StreamError` with the place for a damaged input, `ConvertError` where the target cannot hold
     what the input has, and `OSError` of the descriptors. What was written by then is of no use.
     """
     options = options or Options()
     _check(target, options)
-    asks_first = not options.lossy and _may_lose(stream, target)
-    if not (options.seeks or asks_first):
-        pass_through(stream, StreamWriter(fd), target, options, tell)
-        return
-    with seekable(stream) as found:
-        if found.spooled:
-            tell("the input was copied to a temporary file, as its pages are not read in sequence")
-        if options.flattens:
-            from migstream.converting.flatten import flatten
+    with ExitStack() as stack:
+        conversion = _Conversion(fd, target, options, tell, stack)
+        try:
+            conversion.run(stream)
+        except FormatError:
+            if not conversion.walked or not conversion.walked.legacy:
+                raise
+            # Nothing was written yet: that starts with the first layer inside the envelope.
+            from migstream.converting.legacy import from_legacy
 
-            flatten(found.stream, StreamWriter(fd), target, options, tell)
-            return
-        if asks_first:
-            _refuse_losses(found.stream, target)
-            found.input.rewind()
-        pass_through(Stream(found.input), StreamWriter(fd), target, options, tell)
+            modern, options = stack.enter_context(from_legacy(conversion.walked, target, options, tell))
+            _Conversion(fd, target, options, tell, stack).run(modern)
 
 
 def _check(target: Target, options: Options) -> None:
@@ -66,15 +67,55 @@ def _check(target: Target, options: Options) -> None:
         raise ConvertError(f"{target.name} has no place for a config")
 
 
-def _may_lose(stream: Stream, target: Target) -> bool:
-    if target.version == 2:
-        return True
-    return "libxl" not in target.layers and layer_at(stream.input) != "libxc"
+class _Conversion:
+    """One way through a conversion; ``walked`` is the stream that was read last."""
 
+    def __init__(
+        self, fd: int, target: Target, options: Options, tell: Callable[[str], None], stack: ExitStack
+    ) -> None:
+        self._writer = StreamWriter(fd)
+        self._target = target
+        self._options = options
+        self._tell = tell
+        self._stack = stack
+        self.walked: Stream | None = None
 
-def _refuse_losses(stream: Stream, target: Target) -> None:
-    losses = Losses(target)
-    for item in stream.items():
-        if isinstance(item, Frame):
-            losses.note_frame(item)
-    losses.refuse()
+    def run(self, stream: Stream) -> None:
+        self.walked = stream
+        asks_first = not self._options.lossy and self._may_lose(stream)
+        if not (self._options.seeks or asks_first):
+            self._pass_through(stream)
+            return
+        found = self._stack.enter_context(seekable(stream))
+        if found.spooled:
+            self._tell("the input was copied to a temporary file, as it is not read in sequence")
+        self.walked = found.stream
+        if self._options.flattens:
+            from migstream.converting.flatten import flatten
+
+            flatten(found.stream, self._writer, self._target, self._options, self._tell)
+            return
+        if asks_first:
+            self._refuse_losses(found.stream)
+            found.input.rewind()
+        self._pass_through(Stream(found.input))
+
+    def _pass_through(self, stream: Stream) -> None:
+        self.walked = stream
+        pass_through(stream, self._writer, self._target, self._options, self._tell)
+
+    def _may_lose(self, stream: Stream) -> bool:
+        try:
+            outermost = layer_at(stream.input)
+        except StreamError:
+            return False  # the walk says what is wrong, or that it is a legacy stream
+        if outermost == "xapi" or self._target.version == 2:
+            return True
+        return "libxl" not in self._target.layers and outermost != "libxc"
+
+    def _refuse_losses(self, stream: Stream) -> None:
+        losses = Losses(self._target)
+        for item in stream.items():
+            if isinstance(item, Frame):
+                losses.note_frame(item)
+        losses.refuse()

@@ -8,18 +8,23 @@ stand inside them.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import TypeVar
 
 from migstream.converting.options import ConvertError, Options, Target
+from migstream.io.envelopes import EnvelopeWriter
 from migstream.io.reader import Layer
 from migstream.io.writer import StreamWriter
 from migstream.layout import Layout
-from migstream.records import ByteOrder, Declaration, PageData, Record, libxc, libxl, xl
+from migstream.records import ByteOrder, Declaration, PageData, Record, envelopes, libxc, libxl, xl
 from migstream.records.libxc import GuestType
 
-__all__ = ["Envelope"]
+__all__ = ["Envelope", "check_xl_config", "holding_libxl"]
 
 D = TypeVar("D", bound=Declaration)
+
+#: Envelopes that hold the domain's config, and the form that they hold it in.
+CONFIGS = {"xl": "JSON, as xl writes it", "libvirt": "domain XML"}
 
 
 class Envelope:
@@ -50,17 +55,23 @@ class Envelope:
         """Write what the header of a layer of the input becomes."""
         self.source_layers.append(layer.name)
         if layer.name == "libxl":
-            self._open_outer(holds_libxl=True)
+            self._open_outer()
             if "libxl" in self._target.layers:
                 self._header(layer.order, *layer.headers)
                 self._opened.add("libxl")
         elif layer.name == "libxc":
-            self._open_outer(holds_libxl="libxl" in self.source_layers)
+            self._open_outer()
             if "libxl" in self._target.layers and "libxl" not in self._opened:
                 self._make_libxl(layer.order)
             self._image(layer)
         else:
             self._outer = layer
+
+    def left_out(self) -> Iterator[str]:
+        """Yield a line on what of the input's envelope the output does not have."""
+        if self._outer is not None and self._outer.name not in self._opened:
+            name = self._outer.name
+            yield f"left out: the {name} envelope with the domain's config (inspect --config shows it)"
 
     def record(self, code: type[Record], *, within: str = "libxc") -> None:
         """Write a record without a body."""
@@ -73,25 +84,24 @@ class Envelope:
         self._writer.order = order
         self._writer.header(*headers)
 
-    def _open_outer(self, *, holds_libxl: bool) -> None:
-        if "xl" not in self._target.layers or "xl" in self._opened:
+    def _open_outer(self) -> None:
+        kind = self._target.layers[0]
+        if kind not in CONFIGS or kind in self._opened:
             return
-        self._opened.add("xl")
-        own = self._outer if self._outer is not None and self._outer.name == "xl" else None
+        self._opened.add(kind)
+        own = self._outer
         config = self._options.config
-        if own is not None and config is None:
-            headers = own.headers
-            if not holds_libxl:
-                headers = (_flagged(headers[0], xl.MANDATORY_STREAM_V2), *headers[1:])
-            self._header(own.order, *headers)
+        if own is not None and own.name == kind and config is None:
+            self._header(own.order, *(holding_libxl(header) for header in own.headers))
             return
         if config is None:
             raise ConvertError(
-                "an xl file needs the domain's config, which the input does not have; "
-                "give it with --config FILE (JSON, as xl writes it)"
+                f"{kind} needs the domain's config, which the input does not have; "
+                f"give it with --config FILE ({CONFIGS[kind]})"
             )
-        data = xl.SaveFileConfig(config=xl_config(config))
-        self._header("little", xl.SaveFileHeader(optional_data_len=len(data.build("little"))), data)
+        if kind == "xl":
+            check_xl_config(config)
+        EnvelopeWriter.open("xl" if kind == "xl" else "libvirt", self._writer, config)
 
     def _make_libxl(self, order: ByteOrder) -> None:
         self.made_libxl = True
@@ -147,16 +157,14 @@ class Envelope:
 _POLICIES: tuple[type[Record], ...] = (libxc.X86CpuidPolicy, libxc.X86MsrPolicy)
 
 
-def xl_config(config: bytes) -> bytes:
-    """Return a config as an xl file holds it, with a NUL at its end. Raises `ConvertError` if not JSON."""
-    text = config.rstrip(b"\0")
+def check_xl_config(config: bytes) -> None:
+    """Raise `ConvertError` for what xl would not take for the config of a domain: a JSON object."""
     try:
-        parsed = json.loads(text)
-    except ValueError as exc:
+        parsed = json.loads(config.rstrip(b"\0"))
+    except (ValueError, RecursionError) as exc:
         raise ConvertError(f"the config is not JSON: {exc}") from None
     if not isinstance(parsed, dict):
         raise ConvertError("the config is JSON, but not an object")
-    return text + b"\0"
 
 
 def _replaced(header: D, **changes: int) -> D:
@@ -165,6 +173,11 @@ def _replaced(header: D, **changes: int) -> D:
     return type(header)(**(values | changes))
 
 
-def _flagged(header: Declaration, flag: int) -> Declaration:
-    assert isinstance(header, xl.SaveFileHeader)
-    return _replaced(header, mandatory_flags=header.mandatory_flags | flag)
+def holding_libxl(header: Declaration) -> Declaration:
+    """Return an envelope's header as it is where a libxl v2 stream follows, not a legacy one."""
+    match header:
+        case xl.SaveFileHeader():
+            return _replaced(header, mandatory_flags=header.mandatory_flags | xl.MANDATORY_STREAM_V2)
+        case envelopes.LibvirtHeader():
+            return _replaced(header, version=envelopes.LIBVIRT_V2)
+    return header

@@ -118,6 +118,8 @@ class _Flattened:
             self._writer.copy_range(self._source, record.offset, record.octets)
 
     def _tell(self, tell: Callable[[str], None]) -> None:
+        for line in self._envelope.left_out():
+            tell(line)
         if self._found.checkpoint:
             tell(f"this is the state at checkpoint {self._found.checkpoint}")
         if self._found.broken_off:

@@ -7,12 +7,22 @@ from collections.abc import Iterator
 
 from migstream.converting.options import ConvertError, Target
 from migstream.io.reader import Frame
-from migstream.records import Record, libxc, libxl, record_class, record_name
+from migstream.records import Record, envelopes, libxc, libxl, record_class, record_name
 
 __all__ = ["Losses", "keeps"]
 
-#: libxl's records that say nothing about the domain: they only bind the libxc image in.
-_STRUCTURE: frozenset[type[Record]] = frozenset({libxl.LibxlEnd, libxl.LibxcContext, libxl.CheckpointEnd})
+#: Records of other layers that only bind the libxc image in; xapi's config is told of with the envelope.
+_STRUCTURE: frozenset[type[Record]] = frozenset(
+    {
+        libxl.LibxlEnd,
+        libxl.LibxcContext,
+        libxl.CheckpointEnd,
+        envelopes.Xenops,
+        envelopes.Libxc,
+        envelopes.Libxl,
+        envelopes.EndOfImage,
+    }
+)
 #: libxc's records that version 2 does not have, but for STATIC_DATA_END, which a reader of it infers.
 _SINCE_VERSION_3: frozenset[type[Record]] = frozenset({libxc.X86CpuidPolicy, libxc.X86MsrPolicy})
 

@@ -37,6 +37,7 @@ TARGETS = {
         Target("libxc2", ("libxc",), version=2),
         Target("libxl", ("libxl", "libxc")),
         Target("xl", ("xl", "libxl", "libxc")),
+        Target("libvirt", ("libvirt", "libxl", "libxc")),
     )
 }
 

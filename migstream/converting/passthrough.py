@@ -41,6 +41,8 @@ def pass_through(
             case Trailer():
                 walk.trailer(item, tell)
     walk.flush()
+    for line in walk.envelope.left_out():
+        tell(line)
     for line in walk.losses.lines():
         tell(f"lost: {line}")
     if walk.mover is not None and options.drop_zero:
@@ -74,7 +76,9 @@ class _PassThrough:
         self._layers.append(layer)
 
     def frame(self, frame: Frame) -> None:
-        if frame.layer.name == "libxl":
+        if frame.layer.name == "xapi":
+            self.losses.note_frame(frame)
+        elif frame.layer.name == "libxl":
             self._libxl(frame)
         elif frame.is_page_data and self.mover is not None:
             self.envelope.before(frame.record_class)

@@ -90,6 +90,7 @@ class Survey:
         yield from self.static
         yield from self.records("libxc")
         yield from self.records("libxl")
+        yield from self.records("xapi")
 
     def take(self, frame: Frame) -> None:
         """Take one frame into account."""
