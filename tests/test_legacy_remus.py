@@ -15,7 +15,7 @@ from migstream.errors import FormatError, MigstreamError, TruncatedError
 from migstream.io.detect import open_input
 from migstream.io.inputs import MemoryInput
 from migstream.io.writer import StreamWriter
-from migstream.legacy import convert_legacy, waiting
+from migstream.legacy import compression, convert_legacy, waiting
 from migstream.legacy.compression import DeltaError, apply_delta
 from migstream.records import libxc, libxl
 from tests import legacy_streams as old
@@ -227,6 +227,14 @@ def test_compressed_data_that_make_no_pages_are_refused_with_the_place(
         convert(remus(8, body, compressed=True))
     assert caught.value.offset == len(remus(8, compressed=True)) + at
     assert caught.value.layer == "legacy"
+
+
+def test_batches_that_wait_for_pages_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compression.MAX_WAITING > 8192  # what savers collect
+    monkeypatch.setattr(compression, "MAX_WAITING", 4)
+    assert convert(remus(8, ONE * 4 + W.compressed(WHOLE * 4), compressed=True)).report.pages == 16 + 4
+    with pytest.raises(FormatError, match="more than 4 batches wait"):
+        convert(remus(8, ONE * 5, compressed=True))
 
 
 def test_compressed_data_that_nobody_announced_are_refused() -> None:

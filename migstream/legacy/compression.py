@@ -39,6 +39,8 @@ WHOLE = 0x80
 SKIP = 0x80  # bit of a run's marker: these words stay
 LENGTH = 0x7F  # the marker's other bits: words of the run
 PIECE = 256 << 10  # octets of compressed data taken at a time
+#: Batches, of one page at least, that may wait for their pages: a saver collects 8192 and then sends them.
+MAX_WAITING = 16384
 
 #: Takes a complete batch: entries, uint64[n], and their pages.
 Emit = Callable[[npt.NDArray[np.uint64], memoryview], None]
@@ -149,7 +151,12 @@ class CompressedBatches:
         self._known.close()
 
     def batch(self, entries: npt.NDArray[np.uint64]) -> None:
-        """Take the entries, uint64[n], of a batch without pages."""
+        """Take the entries, uint64[n], of a batch without pages. Raises `FormatError` for one too many."""
+        if len(self._waiting) == MAX_WAITING:
+            raise self._source.fault(
+                f"more than {MAX_WAITING} batches wait for their pages to come as compressed data",
+                self._source.position,
+            )
         self._waiting.append(_Batch(entries, self._source.position))
         self._emit_whole()
 
