@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import mmap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -89,18 +89,20 @@ class PageIndex:
         checkpoint: int | None = None,
         max_memory: int | None = None,
         partial: bool = False,
+        observe: Callable[[Frame], None] | None = None,
     ) -> PageIndex:
         """Walk ``stream``, of which nothing was read yet, and return the index of its final state.
 
         That is the state at its END; in a checkpointed stream, the one at its last complete checkpoint, or at
         number ``checkpoint`` (from 1). What is sent again behind VERIFY is not looked at. ``max_memory``:
         octets that the guest may reach up to; ``None`` for what the stream implies (`implied_memory`), else
-        64 GiB. With ``partial``, a damaged stream counts up to the damage.
+        64 GiB. With ``partial``, a damaged stream counts up to the damage. ``observe`` is shown every frame
+        but those of pages; it may decode it, but not consume its body otherwise.
 
         Raises `StreamError` for a damaged stream, for a page past ``max_memory`` and for a checkpoint that is
         not there; `OSError` and `DeadlineError` as reading does.
         """
-        return _Walk(stream, checkpoint, max_memory).run(partial)
+        return _Walk(stream, checkpoint, max_memory, observe).run(partial)
 
     @property
     def guest_type(self) -> GuestType:
@@ -266,7 +268,14 @@ class _Round:
 class _Walk:
     """One walk over a stream."""
 
-    def __init__(self, stream: Stream, checkpoint: int | None, max_memory: int | None) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        checkpoint: int | None,
+        max_memory: int | None,
+        observe: Callable[[Frame], None] | None,
+    ) -> None:
+        self.observe = observe
         self.stream = stream
         self.checkpoint = checkpoint
         self.asked = max_memory
@@ -310,6 +319,8 @@ class _Walk:
                 if not self.verifying:
                     self._pages(item)
             else:
+                if self.observe is not None:
+                    self.observe(item)
                 self._record(item)
 
     def _commit(self) -> None:
