@@ -343,7 +343,11 @@ def test_without_a_record_of_qemu_there_is_a_warning() -> None:
     assert "no device model record" in converted.report.warnings[0]
 
 
-def test_an_envelope_with_a_place_of_its_own_for_qemu_keeps_it() -> None:
-    source = MemoryInput(old.hvm(8, old.mark(old.LAST_CHECKPOINT), tail=old.hvm_tail()) + b"next segment")
-    assert convert(source, device_model=False).report.device_model is None
-    assert source.read(100) == b"next segment"
+def test_behind_an_image_in_an_envelope_that_goes_on_only_qemus_record_is_taken() -> None:
+    for last in (old.mark(old.LAST_CHECKPOINT), b""):  # older savers did not write it
+        source = MemoryInput(old.hvm(8, last, tail=old.hvm_tail()) + b"next segment")
+        assert convert(source, device_model=False).report.device_model is None
+        assert source.read(100) == b"next segment"
+        source = MemoryInput(old.hvm(8, last) + b"next segment")
+        assert convert(source, device_model=False).report.device_model == "DeviceModelRecord0002"
+        assert source.read(100) == b"next segment"

@@ -38,11 +38,14 @@ def convert_legacy(
     which it may do where extended info is absent (Xen before 3.1). ``static_records`` are CPUID and MSR
     policies, which no legacy stream has; the report's ``missing`` says what is still not there.
 
+    ``device_model``: behind an HVM guest's image there is QEMU's record, or the end of the input; ``False``
+    where an envelope may go on there, as xapi's does: QEMU's record is then taken only if it is there.
     ``checkpointed``: whether further states (Remus) may follow the first; ``None``: where there is more
-    input and no LAST_CHECKPOINT came before. The last complete state is written. ``device_model``: whether
-    QEMU's record may follow an HVM guest's image; ``False`` where the envelope has a place of its own for
-    it. Behind the stream's end nothing is consumed. ``directory`` is for temporary files: the pages of a
-    checkpoint wait there until it is complete, and pages that came compressed are kept there.
+    input, no LAST_CHECKPOINT came before, and no envelope goes on. The last complete state is written.
+    Behind the stream's end nothing is consumed.
+
+    ``directory`` is for temporary files: the pages of a checkpoint wait there until it is complete, and
+    pages that came compressed are kept there.
 
     Raises `FormatError` and `TruncatedError`, layer ``legacy``, for a stream that is damaged or cannot be
     carried over (tmem), and `MigstreamError` where there is no room for temporary files.

@@ -74,9 +74,7 @@ LegacyItem = PageBatch | CompressedPages | VerifyMode | GuestState
 class LegacyReader:
     """A legacy stream, read once from the input's position.
 
-    ``guest`` overrides what the octets look like. ``checkpointed`` says whether more states may follow the
-    first; ``None``: those do for which there is input and no LAST_CHECKPOINT before. ``device_model``:
-    whether QEMU's record may follow an HVM guest's tail.
+    The options are those of `migstream.legacy.convert_legacy`.
     """
 
     def __init__(
@@ -88,8 +86,9 @@ class LegacyReader:
         device_model: bool = True,
     ) -> None:
         self.source, self.header = read_header(source, guest)
-        self._checkpointed = checkpointed
-        self._qemu = Qemu.MAYBE if device_model else Qemu.NO
+        # An envelope that goes on behind the image holds a single state.
+        self._may_go_on = device_model if checkpointed is None else checkpointed
+        self._qemu = Qemu.OR_END if device_model else Qemu.OR_ANYTHING
         self._collected = Collected()
         self._compressing = False
         self._readers = {
@@ -106,7 +105,7 @@ class LegacyReader:
             yield from self._body()
             state = read_tail(self.source, self.header, self._collected, self._qemu)
             if state.device_model is not None:
-                self._qemu = Qemu.YES  # a further state without it is no whole one
+                self._qemu = Qemu.REQUIRED  # a further state without it is no whole one
             yield state
             self._compressing = "ENABLE_COMPRESSION" in self._collected.flags
             if self._ends(state) or not self.source.input.peek(1):
@@ -114,7 +113,7 @@ class LegacyReader:
 
     def _ends(self, state: GuestState) -> bool:
         ended_by_qemu = state.device_model is not None and state.device_model.to_end
-        return "LAST_CHECKPOINT" in self._collected.flags or ended_by_qemu or self._checkpointed is False
+        return "LAST_CHECKPOINT" in self._collected.flags or ended_by_qemu or not self._may_go_on
 
     def _body(self) -> Iterator[LegacyItem]:
         source = self.source

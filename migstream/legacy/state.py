@@ -96,11 +96,11 @@ class GuestState:
 
 
 class Qemu(Enum):
-    """Whether QEMU's record follows an HVM guest's tail."""
+    """What may stand behind an HVM guest's tail."""
 
-    NO = "it has a place elsewhere"
-    MAYBE = "unless the input ends"
-    YES = "as behind the state before"
+    OR_ANYTHING = "QEMU's record, or what belongs to the envelope"
+    OR_END = "QEMU's record, or the end of the input"
+    REQUIRED = "QEMU's record, as behind the state before"
 
 
 def read_tail(source: ChunkSource, header: LegacyHeader, collected: Collected, qemu: Qemu) -> GuestState:
@@ -173,7 +173,7 @@ def _hvm_tail(source: ChunkSource, collected: Collected, qemu: Qemu) -> GuestSta
         toolstack=collected.toolstack,
         params=collected.params | magic,
         hvm_context=context,
-        device_model=None if qemu is Qemu.NO else _device_model(source, qemu),
+        device_model=_device_model(source, qemu),
     )
 
 
@@ -187,10 +187,10 @@ def _sized(source: ChunkSource, what: str) -> bytes:
 
 
 def _device_model(source: ChunkSource, qemu: Qemu) -> DeviceModel | None:
-    """Read QEMU's record, ``None`` where the input may end instead and does."""
+    """Read QEMU's record, ``None`` where ``qemu`` allows what is there instead."""
     offset = source.position
     start = source.input.peek(SIGNATURE_LENGTH)
-    if not start and qemu is Qemu.MAYBE:
+    if start not in SIGNATURES and (qemu is Qemu.OR_ANYTHING or (not start and qemu is Qemu.OR_END)):
         return None
     source.enter("DEVICE_MODEL")
     if start not in SIGNATURES:
