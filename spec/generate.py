@@ -15,6 +15,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from migstream.layout import TABLE, Required
+from migstream.legacy.chunks import CHUNKS
 from migstream.records import Declaration, envelopes, libxc, libxl, record_types, xl
 from migstream.records.hvm_params import HvmParam
 from migstream.records.page_types import PageType
@@ -22,7 +23,7 @@ from migstream.verification.rules import RULES, Severity
 
 HERE = Path(__file__).parent
 MODULES = {"envelopes": envelopes, "libxc": libxc, "libxl": libxl, "xl": xl}
-MARK = re.compile(r"(<!-- (fields|enum|types|layout) ?(\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (fields|enum|types|layout|chunks) ?(\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -99,7 +100,18 @@ def layout(_: str) -> str:
     return table(["record", "part", "guests", "after", "remarks"], rows)
 
 
-MAKERS = {"fields": fields, "enum": enum, "types": types, "layout": layout}
+def chunks(_: str) -> str:
+    """Return the chunks of a legacy stream."""
+    return table(
+        ["id", "name", "what it says", "what follows the id", "HVM parameter"],
+        [
+            [str(c.id), c.name, c.meaning, c.body.value, c.param.name if c.param is not None else ""]
+            for c in CHUNKS.values()
+        ],
+    )
+
+
+MAKERS = {"fields": fields, "enum": enum, "types": types, "layout": layout, "chunks": chunks}
 
 
 def rules() -> str:
