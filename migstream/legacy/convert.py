@@ -182,7 +182,7 @@ class _Converter:
             report.device_model = state.device_model.signature
         report.losses += self._losses(state)
         if self._header.guest is GuestType.HVM and state.device_model is None and self._wrap:
-            report.warnings.append("the stream has no device model record; the guest will get a fresh QEMU")
+            report.warnings.append("no device model record follows the image of this HVM guest")
         if report.states > 1:
             report.warnings.append(f"a checkpointed stream: of {report.states} states the last was written")
 
