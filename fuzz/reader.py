@@ -35,7 +35,7 @@ def _image(guest: int, *records: bytes) -> bytes:
 
 
 def seeds() -> list[bytes]:
-    """Return small sound streams: HVM and PV images, a libxl stream in an xl file, a checkpointed one."""
+    """Return small sound streams: HVM and PV images, a libxl stream in envelopes, a checkpointed one."""
     pages = _record(1, struct.pack("<II3Q", 3, 0, 0, 1, 0xF << 60 | 2) + bytes(2 * 4096))
     static = _record(0x11, struct.pack("<6I", 1, 2, 3, 4, 5, 6)) + _record(0x12, bytes(16)) + _record(0x10)
     params = _record(0x0A, struct.pack("<II4Q", 2, 0, 1, 5, 17, 6))
@@ -60,7 +60,13 @@ def seeds() -> list[bytes]:
     )
     checkpoint = _record(0x0E) + emulator + _record(4)
     remus = libxl_head + _record(1) + _image(2, static, pages, tail) + checkpoint + pages + tail + checkpoint
-    return [hvm, pv, libxl, xl, remus]
+    libvirt = b"libvirt-xml\n \0 \r" + struct.pack("<II40x", 2, 10) + b"<domain/>\0" + libxl
+    head, xenops = struct.Struct("<qq"), b"((time 0)(word_size 64))"
+    xapi = b"XenSavedDomv2-\n" + head.pack(0x0F, len(xenops)) + xenops + head.pack(0xF0, 0) + hvm
+    xapi += head.pack(0xF00, 4) + b"QEVM" + head.pack(0xFFFF, 0)
+    legacy = struct.pack("<Qqq", 1024, -1, 0)
+    xend = b"LinuxGuestRecord" + struct.pack(">i", 17) + b"(domain (name g))" + legacy
+    return [hvm, pv, libxl, xl, remus, libvirt, xapi, xend]
 
 
 def _flip(octets: bytearray, rng: random.Random) -> None:

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from migstream.guests.model import ModelGuest
     from migstream.guests.protocols import RestoreTarget, SaveSource
     from migstream.inspection import Report, inspect
-    from migstream.io.reader import Frame, Layer, Stream, Trailer, open, open_memory
+    from migstream.io.envelopes import EnvelopeWriter
+    from migstream.io.reader import Frame, Layer, Segment, Stream, Trailer, open, open_memory
     from migstream.io.writer import StreamWriter, copy_stream
     from migstream.records import Array, OpaqueRecord, PageData, Record, array_of
     from migstream.verification import Finding, Verdict, verify
@@ -50,7 +51,8 @@ _HOMES = {
     "ModelGuest": "guests.model",
     **dict.fromkeys(("RestoreTarget", "SaveSource"), "guests.protocols"),
     **dict.fromkeys(("Report", "inspect"), "inspection"),
-    **dict.fromkeys(("Frame", "Layer", "Stream", "Trailer", "open", "open_memory"), "io.reader"),
+    "EnvelopeWriter": "io.envelopes",
+    **dict.fromkeys(("Frame", "Layer", "Segment", "Stream", "Trailer", "open", "open_memory"), "io.reader"),
     **dict.fromkeys(("StreamWriter", "copy_stream"), "io.writer"),
     **dict.fromkeys(("Array", "OpaqueRecord", "PageData", "Record", "array_of"), "records"),
     **dict.fromkeys(("RestoreCallbacks", "RestoreResult", "restore"), "engines.restore"),
@@ -61,6 +63,7 @@ _HOMES = {
 __all__ = [
     "Array",
     "DeadlineError",
+    "EnvelopeWriter",
     "Finding",
     "FormatError",
     "Frame",
@@ -81,6 +84,7 @@ __all__ = [
     "SaveCallbacks",
     "SaveResult",
     "SaveSource",
+    "Segment",
     "Stream",
     "StreamError",
     "StreamType",

@@ -39,7 +39,8 @@ class StreamError(MigstreamError):
     """A stream is damaged, or is not what it has to be, at one place.
 
     ``offset`` is in bytes from the start of the input (of the unpacked data where the input is
-    compressed); ``layer`` is ``xl``, ``libxl`` or ``libxc``; ``hint`` says what a user can do.
+    compressed); ``layer`` is an envelope's name, such as ``xl``, or ``libxl``, ``libxc``, ``legacy``;
+    ``hint`` says what a user can do.
     """
 
     def __init__(

@@ -108,6 +108,7 @@ class Report:
     pv_info: libxc.X86PvInfo | None = None
     xenops: str | None = None
     verify: bool = False
+    legacy: bool = False
     ending: str | None = None
     octets: int = 0
     trailer: tuple[int, int] | None = None
@@ -244,6 +245,7 @@ def inspect(stream: Stream, report: Report, *, count_zero: bool = False) -> Iter
         if report.error is None:
             report.error = exc
     report.ending = stream.ending
+    report.legacy = stream.legacy
     report.octets = stream.position
     report.checkpoints = stream.checkpoints
 

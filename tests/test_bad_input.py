@@ -339,6 +339,11 @@ for code in (0, 1, 9, 10, 0x77):
         (b"EMiL\1\0\0\0", "a LiME memory image"),
         (b"KDUMP   \6\0\0\0", "a kdump memory image"),
         (b"\x7fELF\2\1\1", "an ELF file"),
+        (b"LibvirtQemudPart", "an unfinished save image of libvirt's QEMU driver"),
+        (b"\x19\x43\x56\x54", "a CRIU image"),
+        (b"\x40\x59\x10\x55", "a CRIU image"),
+        (b"\xd0\xbe\xd2\xbe", "a VMware saved state"),
+        (b"\xd3\xbe\xd3\xbe", "a VMware saved state"),
         (b"PK\3\4\x14\0", "a zip archive"),
     ],
 )

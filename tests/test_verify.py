@@ -119,6 +119,7 @@ BROKEN: dict[str, bytes] = {
     "xapi-segment-length": xapi(segment(0xF0, WHOLE)),
     "xapi-xenops-malformed": xapi(LIBXC_SEGMENT, xenops=b"((time 0))"),
     "xapi-image-absent": xapi(),
+    "stream-legacy": xend(struct.pack("<QI", 1024, 0xFFFF_FFFF) + bytes([0xFF] * 4 + [0] * 64)),
     "libxl-version": patched(NESTED, 8, b"\0\0\0\x03"),
     "libxl-big-endian": build.libxl_stream("big"),
     "libxl-options-reserved": patched(NESTED, 12, b"\x80\0\0\0"),

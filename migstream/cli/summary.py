@@ -32,15 +32,16 @@ def summary(report: Report, file: str) -> Iterator[str]:
     )
     if report.domain is not None:
         yield from _section("guest", None, _guest(report))
-    yield from _section(
-        "records",
-        ["layer", "type", "count", "octets", "first at"],
-        [
-            [layer, name, str(stats.count), str(stats.bytes), str(stats.first_offset)]
-            for layer, types in report.records.items()
-            for name, stats in types.items()
-        ],
-    )
+    if report.records:
+        yield from _section(
+            "records",
+            ["layer", "type", "count", "octets", "first at"],
+            [
+                [layer, name, str(stats.count), str(stats.bytes), str(stats.first_offset)]
+                for layer, types in report.records.items()
+                for name, stats in types.items()
+            ],
+        )
     if report.pages.total.pfns:
         yield from _section("pages", None, _pages(report))
     if report.pages.pass_count > 1:
@@ -55,7 +56,9 @@ def _headline(report: Report) -> str:
     kind = KINDS[report.layers[0].name]
     guest = f", {report.guest_type.upper()} guest" if report.guest_type else ""
     xen = f", Xen {report.xen_version}" if report.xen_version else ""
-    if report.error is not None:
+    if report.legacy:
+        state = "holds a legacy stream"
+    elif report.error is not None:
         state = "damaged"
     elif report.ending == "checkpoint":
         state = f"ends behind checkpoint {report.checkpoints}"

@@ -49,6 +49,7 @@ _FOREIGN: dict[bytes, str] = {
     b"KDUMP   ": "a kdump memory image",
     b"\x7fELF": "an ELF file (a core dump?)",
     b"\x19\x43\x56\x54": "a CRIU image",
+    b"\x40\x59\x10\x55": "a CRIU image",
     b"\xd0\xbe\xd2\xbe": "a VMware saved state",
     b"\xd1\xba\xd1\xba": "a VMware saved state",
     b"\xd2\xbe\xd2\xbe": "a VMware saved state",

@@ -329,7 +329,9 @@ class _Verifier:
             )
 
     def damage(self, error: StreamError) -> None:
-        if not isinstance(error, TruncatedError):
+        if self.stream.legacy:
+            rule = "stream-legacy"
+        elif not isinstance(error, TruncatedError):
             rule = "stream-damaged"
         elif self.stream.checkpoints:
             rule = "stream-ends-in-checkpoint"

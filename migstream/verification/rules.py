@@ -85,6 +85,7 @@ _TABLE = (
     Rule("domain-converted", N, "The image was converted from a legacy stream (xen_major is 0)", f"{_LIBXC}, Domain Header"),
     # Framing of records, in both layers
     Rule("stream-damaged", E, "The stream cannot be framed or read any further", f"{_LIBXC}, Overview"),
+    Rule("stream-legacy", E, "A legacy (version 1) stream, which no present restore takes; convert makes one of version 3", f"{_LIBXC}, Legacy Images"),
     Rule("stream-truncated", E, "The input ends before the stream does", f"{_LIBXC}, END"),
     Rule("stream-ends-in-checkpoint", W, "The input ends inside a record behind a complete checkpoint; Xen's restore fails over to the checkpoint", f"{_LIBXC}, CHECKPOINT"),
     Rule("stream-ends-at-checkpoint", N, "The input ends behind a complete checkpoint, without END; what follows the checkpoint is void", f"{_LIBXC}, CHECKPOINT"),
