@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -27,6 +28,8 @@ Examples:
   migstream convert guest.xl guest.img --to libxc3
   migstream convert guest.img guest.xl --to xl --config guest.json
   migstream convert live.xl plain.xl --to xl --flatten --drop-zero
+  migstream convert guest.xl guest.json --to json
+  migstream convert guest.json guest.xl --to xl
   migstream convert remus.xl.zst before.xl --to xl --checkpoint 7
 
 Without --flatten every record passes as it is, in the order of the input, and what xl sent behind the
@@ -68,6 +71,11 @@ stream's end stays where the envelope does.
     metavar="N",
     help="Write PAGE_DATA records of N pages. Default: as in the input; with --flatten 1024.",
 )
+@click.option(
+    "--inline",
+    is_flag=True,
+    help="Put pages into a JSON document as base64. Default: into OUT.pages beside it.",
+)
 @click.option("--lossy", is_flag=True, help="Leave out what the output's form cannot hold, and list it.")
 @click.option(
     "--cpuid",
@@ -97,6 +105,7 @@ def command(
     checkpoint: int | None,
     drop_zero: bool,
     batch: int | None,
+    inline: bool,
     lossy: bool,
     cpuid: str | None,
     msr: str | None,
@@ -111,8 +120,13 @@ def command(
     """
     memory = size_option("--max-memory", max_memory)
     refuse_same_file(source, out)
+    beside = f"{out}.pages" if target == "json" and not inline else None
+    if beside is not None:
+        if out == "-" or out.startswith("fd:"):
+            raise click.UsageError("a descriptor has no file beside it for JSON's pages: give --inline")
+        refuse_same_file(source, beside)
     with reporting_errors(source):
-        from migstream.converting import convert
+        from migstream.converting import Bulk, convert
         from migstream.converting.static_data import read_policy
         from migstream.records import libxc
 
@@ -127,8 +141,11 @@ def command(
             msr=read_policy(msr, libxc.X86MsrPolicy) if msr else None,
             max_memory=memory,
         )
-        with open_stream(source, timeout_s) as stream, open_output(out) as fd:
-            convert(stream, fd, TARGETS[target], options, tell=_tell)
+        with ExitStack() as stack:
+            stream = stack.enter_context(open_stream(source, timeout_s))
+            fd = stack.enter_context(open_output(out))
+            bulk = Bulk(stack.enter_context(open_output(beside)), Path(beside).name) if beside else None
+            convert(stream, fd, TARGETS[target], options, bulk=bulk, beside=Path(source).parent, tell=_tell)
 
 
 def _tell(note: str) -> None:

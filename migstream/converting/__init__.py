@@ -2,29 +2,35 @@
 
 ::
 
-    legacy stream --> a stream of version 3 in a temporary file --+
-    stream -------------------------------------------------------+--> pass_through   as it comes
-                                                                  +--> flatten        one state, by PFN
+    JSON, legacy stream --> a stream in a temporary file --+
+    stream ------------------------------------------------+--> pass_through   as it comes
+                                                           +--> flatten        one state, by PFN
+                                                           +--> write_json     what is in it
 
-Both ways write through an `Envelope`, which makes the layers of the target around the records, and count
+The first two write through an `Envelope`, which makes the layers of the target around the records, and count
 what the target cannot hold (`Losses`). Pages are moved within the kernel from where they lie.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
+from migstream.converting.json_source import from_json, is_json
+from migstream.converting.json_target import Bulk, write_json
 from migstream.converting.losses import Losses
 from migstream.converting.options import TARGETS, ConvertError, Options, Target
 from migstream.converting.passthrough import pass_through
 from migstream.errors import FormatError, StreamError
 from migstream.io.detect import layer_at
+from migstream.io.inputs import FileInput
 from migstream.io.reader import Frame, Stream
 from migstream.io.seekable import seekable
 from migstream.io.writer import StreamWriter
 
-__all__ = ["TARGETS", "ConvertError", "Options", "Target", "convert"]
+__all__ = ["TARGETS", "Bulk", "ConvertError", "Options", "Target", "convert"]
 
 
 def convert(
@@ -33,13 +39,17 @@ def convert(
     target: Target,
     options: Options | None = None,
     *,
+    bulk: Bulk | None = None,
+    beside: Path | None = None,
     tell: Callable[[str], None] = lambda note: None,
 ) -> None:
     """Write ``stream``, of which nothing was read yet, to the descriptor ``fd`` in the form ``target``.
 
     An input that cannot be seeked, or is compressed, is copied to a temporary file first where pages are
     regrouped, or where it has to be known beforehand whether something would be lost; so is what a legacy
-    stream becomes. ``tell`` is given notes for a person, one line each: what was left out and why.
+    stream or a JSON document becomes. Of JSON, ``bulk`` is where the output's pages go (``None``: into the
+    document), and ``beside`` the directory where the input's pages lie (``None``: the working directory).
+    ``tell`` is given notes for a person, one line each: what was left out and why.
 
     Raises `StreamError` with the place for a damaged input, `ConvertError` where the target cannot hold
     what the input has, and `OSError` of the descriptors. What was written by then is of no use.
@@ -47,6 +57,13 @@ def convert(
     options = options or Options()
     _check(target, options)
     with ExitStack() as stack:
+        if is_json(stream.input):
+            stream = stack.enter_context(from_json(stream.input, beside or Path()))
+        if not target.layers:
+            if options != Options():
+                stream = stack.enter_context(_changed(stream, options, tell))
+            write_json(stream, fd, bulk)
+            return
         conversion = _Conversion(fd, target, options, tell, stack)
         try:
             conversion.run(stream)
@@ -65,6 +82,17 @@ def _check(target: Target, options: Options) -> None:
         raise ConvertError(f"{target.name} has no policy records: version 2 cannot hold what was given")
     if options.config is not None and target.layers[0] in ("libxl", "libxc"):
         raise ConvertError(f"{target.name} has no place for a config")
+
+
+@contextmanager
+def _changed(stream: Stream, options: Options, tell: Callable[[str], None]) -> Iterator[Stream]:
+    """Give what ``options`` make of a stream, in its own envelope and a temporary file."""
+    outermost = layer_at(stream.input)
+    target = TARGETS.get(outermost, Target(outermost, ("libxc",)))
+    with tempfile.TemporaryFile() as spool:
+        convert(stream, spool.fileno(), target, options, tell=tell)
+        spool.seek(0)
+        yield Stream(FileInput(spool.fileno(), owned=False))
 
 
 class _Conversion:

@@ -21,7 +21,7 @@ class ConvertError(MigstreamError):
 class Target:
     """A form to write: its layers, outermost first, and the version of the libxc image in it.
 
-    ``version`` is ``None`` where the image keeps its own.
+    JSON has no layers of its own: it describes any. ``version`` is ``None`` where the image keeps its own.
     """
 
     name: str
@@ -38,6 +38,7 @@ TARGETS = {
         Target("libxl", ("libxl", "libxc")),
         Target("xl", ("xl", "libxl", "libxc")),
         Target("libvirt", ("libvirt", "libxl", "libxc")),
+        Target("json", ()),
     )
 }
 
