@@ -198,6 +198,12 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     assert "/dev/full: No space left on device" in result.stderr
 
 
+def test_a_raw_image_needs_a_file_and_says_so(tmp_path: Path) -> None:
+    result = run(given_file(tmp_path / "in", SMALL), "/dev/null")
+    assert result.exit_code == 1
+    assert "needs a regular file" in result.stderr
+
+
 def test_nothing_to_write_is_wrong_usage(tmp_path: Path) -> None:
     assert run(given_file(tmp_path / "in", SMALL)).exit_code == 2
 

@@ -27,7 +27,7 @@ KIND = GuestKind(
     name="core",
     what="FILE",
     example="core:guest.core",
-    help="a core dump of Xen, as xl dump-core writes it; to save from",
+    help="a core dump of Xen, as xl dump-core writes it; PV page tables keep machine frames; to save from",
     source=_source,
     options=(Option("guest-type", "pv", "pv or hvm; default: as --guest-type says"),),
 )
