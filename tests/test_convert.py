@@ -48,6 +48,18 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(command, [str(argument) for argument in arguments])
 
 
+def memory(octets: bytes) -> list[tuple[int, int, bytes]]:
+    """Return (PFN, type, content) of every entry, in the order of the stream."""
+    found = []
+    with reader.open_memory(octets) as source:
+        for frame in source:
+            record = frame.record() if frame.is_page_data else None
+            if isinstance(record, PageData):
+                for pfn, type in zip(record.pfns.tolist(), record.types.tolist(), strict=True):
+                    found.append((pfn, type, frame.read(PAGE) if type < 5 else b""))
+    return found
+
+
 def without(octets: bytes, *wanted: str) -> list[str]:
     return [name for name in types(octets) if name not in wanted]
 
@@ -322,6 +334,24 @@ def test_an_xl_file_around_a_legacy_stream_says_afterwards_that_it_holds_a_new_o
     found = converted(octets, "xl")
     assert struct.unpack_from("<I", found, 36) == (3,)
     assert findings(found) == []
+
+
+# Memory images
+
+
+def test_memory_images_are_sources_by_their_kind(tmp_path: Path) -> None:
+    image, out = tmp_path / "memory.bin", tmp_path / "out"
+    image.write_bytes(page(1) + page(0) + page(3))
+    result = run(f"raw:{image}", out, "--to", "libxl", "--drop-zero")
+    assert result.exit_code == 0, result.output
+    assert findings(out.read_bytes()) == []
+    assert [type for _, type, _ in memory(out.read_bytes())] == [0, 0xE, 0]
+    assert memory(out.read_bytes())[2][2] == page(3)
+    result = run(f"raw:{image}", image, "--to", "libxl")
+    assert (result.exit_code, "same file" in result.output) == (1, True)
+    assert run(f"raw:{image},none=1", out, "--to", "libxl").exit_code == 2
+    assert run(f"core:{tmp_path / 'absent'}", tmp_path / "none", "--to", "libxl").exit_code == 1
+    assert sorted(os.listdir(tmp_path)) == ["memory.bin", "out"]
 
 
 # The command, and bad input

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,7 +18,11 @@ from migstream.cli.common import (
     timeout_option,
 )
 from migstream.converting.options import MAX_BATCH, TARGETS, ConvertError, Options
+from migstream.guests.registry import names_guest
 from migstream.text import printable
+
+if TYPE_CHECKING:
+    from migstream.io.reader import Stream
 
 MAX_CONFIG = 1 << 20  # octets; the reader takes no more either
 
@@ -30,6 +36,7 @@ Examples:
   migstream convert live.xl plain.xl --to xl --flatten --drop-zero
   migstream convert guest.xl guest.json --to json
   migstream convert guest.json guest.xl --to xl
+  migstream convert raw:memory.bin guest.img --to libxc3
   migstream convert remus.xl.zst before.xl --to xl --checkpoint 7
 
 Without --flatten every record passes as it is, in the order of the input, and what xl sent behind the
@@ -45,7 +52,7 @@ stream's end stays where the envelope does.
     "--config",
     type=click.Path(exists=True, dir_okay=False),
     metavar="FILE",
-    help="The domain's config for an xl file (JSON). Default: the input's own.",
+    help="The domain's config for the envelope: JSON for xl, XML for libvirt. Default: the input's own.",
 )
 @click.option(
     "--flatten",
@@ -114,17 +121,22 @@ def command(
 ) -> None:
     """Write the stream IN (a file, '-' for standard input, or fd:N) to OUT in another form.
 
+    IN may be a stream of any version in any envelope, JSON as this command writes it, or a memory image by
+    its kind, such as raw:FILE or core:FILE ('migstream save --help' has all kinds).
+
     A file appears when it is complete; after an error or Ctrl-C there is none. The input is never changed.
 
     Exit code: 0 converted, 1 not, 2 wrong usage.
     """
     memory = size_option("--max-memory", max_memory)
-    refuse_same_file(source, out)
+    image = names_guest(source)
+    file = source.partition(":")[2].partition(",")[0] if image else source
+    refuse_same_file(file, out)
     beside = f"{out}.pages" if target == "json" and not inline else None
     if beside is not None:
         if out == "-" or out.startswith("fd:"):
             raise click.UsageError("a descriptor has no file beside it for JSON's pages: give --inline")
-        refuse_same_file(source, beside)
+        refuse_same_file(file, beside)
     with reporting_errors(source):
         from migstream.converting import Bulk, convert
         from migstream.converting.static_data import read_policy
@@ -142,10 +154,22 @@ def command(
             max_memory=memory,
         )
         with ExitStack() as stack:
-            stream = stack.enter_context(open_stream(source, timeout_s))
+            stream = stack.enter_context(_guest(source) if image else open_stream(source, timeout_s))
             fd = stack.enter_context(open_output(out))
             bulk = Bulk(stack.enter_context(open_output(beside)), Path(beside).name) if beside else None
             convert(stream, fd, TARGETS[target], options, bulk=bulk, beside=Path(source).parent, tell=_tell)
+
+
+@contextmanager
+def _guest(text: str) -> Iterator[Stream]:
+    from migstream.converting.guest_source import from_guest
+    from migstream.guests.kind import GuestSpecError
+
+    try:
+        with from_guest(text) as stream:
+            yield stream
+    except GuestSpecError as exc:
+        raise click.UsageError(printable(str(exc))) from None
 
 
 def _tell(note: str) -> None:

@@ -22,7 +22,6 @@ from migstream.converting.json_source import from_json, is_json
 from migstream.converting.json_target import Bulk, write_json
 from migstream.converting.losses import Losses
 from migstream.converting.options import TARGETS, ConvertError, Options, Target
-from migstream.converting.passthrough import pass_through
 from migstream.errors import FormatError, StreamError
 from migstream.io.detect import layer_at
 from migstream.io.inputs import FileInput
@@ -129,6 +128,8 @@ class _Conversion:
         self._pass_through(Stream(found.input))
 
     def _pass_through(self, stream: Stream) -> None:
+        from migstream.converting.passthrough import pass_through
+
         self.walked = stream
         pass_through(stream, self._writer, self._target, self._options, self._tell)
 

@@ -12,7 +12,7 @@ from migstream.guests.kind import GuestKind, GuestSpec, GuestSpecError
 from migstream.guests.protocols import RestoreTarget, SaveSource
 from migstream.records.libxc import GuestType
 
-__all__ = ["MODULES", "describe", "kind", "open_source", "open_target", "parse"]
+__all__ = ["MODULES", "describe", "kind", "names_guest", "open_source", "open_target", "parse"]
 
 #: Name of a kind -> the module that declares it.
 MODULES = {
@@ -39,6 +39,11 @@ def describe() -> str:
         lines.append(f"  {found.name}:{found.what}  {found.help}")
         lines += [f"      ,{option.name}={option.example}  {option.help}" for option in found.options]
     return "\n".join(lines)
+
+
+def names_guest(text: str) -> bool:
+    """Whether ``text`` is a guest by name, such as ``raw:memory.bin``, rather than a file's own."""
+    return ":" in text and text.partition(":")[0] in MODULES
 
 
 def parse(text: str) -> GuestSpec:
