@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from migstream.cli.convert import command
 from migstream.converting import ConvertError
-from migstream.errors import FormatError, TruncatedError
+from migstream.errors import FormatError, StreamError, TruncatedError
 from migstream.io import reader
 from migstream.io.reader import Layer
 from migstream.records import PageData
@@ -316,6 +316,22 @@ def test_a_legacy_stream_becomes_any_form(width: int) -> None:
     assert converted(octets, "libxc3", lossy=True, cpuid=CPUID, msr=MSRS).count(CPUID.build()) == 1
     assert types(converted(octets, "libxl"))[:3] == ["libxl", "LIBXC_CONTEXT", "libxc"]
     assert findings(converted(octets, "xl", config=b"{}", flatten=True)) == []
+
+
+def test_a_legacy_device_model_is_told_before_it_is_lost_and_json_describes_what_was_made() -> None:
+    octets = legacy_streams.hvm(8)
+    with pytest.raises(ConvertError, match=r"EMULATOR_CONTEXT: 1 record.*--lossy"):
+        converted(octets, "libxc3")
+    assert converted(converted(octets, "json"), "libxl") == converted(octets, "libxl")
+    flat = converted(octets, "libxl", flatten=True)
+    assert converted(converted(octets, "json", flatten=True), "libxl") == flat
+
+
+@pytest.mark.parametrize("cut", [1, 8, 100, 5000, -5])
+def test_a_damaged_legacy_stream_is_an_error_with_its_place(cut: int) -> None:
+    with pytest.raises(StreamError) as caught:
+        converted(legacy_streams.hvm(8)[:cut], "libxl")
+    assert caught.value.offset is not None
 
 
 def test_a_xend_file_becomes_an_xl_file_with_the_config_in_json() -> None:

@@ -28,6 +28,7 @@ from migstream.io.inputs import FileInput
 from migstream.io.reader import Frame, Stream
 from migstream.io.seekable import seekable
 from migstream.io.writer import StreamWriter
+from migstream.records.legacy import SHAPE_LENGTH, is_legacy
 
 __all__ = ["TARGETS", "Bulk", "ConvertError", "Options", "Target", "convert"]
 
@@ -59,8 +60,10 @@ def convert(
         if is_json(stream.input):
             stream = stack.enter_context(from_json(stream.input, beside or Path()))
         if not target.layers:
-            if options != Options():
-                stream = stack.enter_context(_changed(stream, options, tell))
+            outermost = _outermost(stream)
+            if options != Options() or outermost in _OLD:
+                form = TARGETS.get(outermost) or _OLD.get(outermost, _IMAGE)
+                stream = stack.enter_context(_changed(stream, form, options, tell))
             write_json(stream, fd, bulk)
             return
         conversion = _Conversion(fd, target, options, tell, stack)
@@ -83,11 +86,25 @@ def _check(target: Target, options: Options) -> None:
         raise ConvertError(f"{target.name} has no place for a config")
 
 
+#: A bare image that keeps its version.
+_IMAGE = Target("libxc", ("libxc",))
+#: What holds a legacy stream, and the form that is made of it.
+_OLD = {"legacy": TARGETS["libxl"], "xend": TARGETS["xl"], "xapi1": TARGETS["libxl"]}
+
+
+def _outermost(stream: Stream) -> str:
+    """Return the name of a stream's outermost layer, ``legacy``, or nothing for what is no stream."""
+    try:
+        return layer_at(stream.input)
+    except StreamError:
+        return "legacy" if is_legacy(stream.input.peek(SHAPE_LENGTH)) else ""
+
+
 @contextmanager
-def _changed(stream: Stream, options: Options, tell: Callable[[str], None]) -> Iterator[Stream]:
-    """Give what ``options`` make of a stream, in its own envelope and a temporary file."""
-    outermost = layer_at(stream.input)
-    target = TARGETS.get(outermost, Target(outermost, ("libxc",)))
+def _changed(
+    stream: Stream, target: Target, options: Options, tell: Callable[[str], None]
+) -> Iterator[Stream]:
+    """Give what ``options`` make of a stream, in the form ``target`` and a temporary file."""
     with tempfile.TemporaryFile() as spool:
         convert(stream, spool.fileno(), target, options, tell=tell)
         spool.seek(0)
@@ -134,10 +151,9 @@ class _Conversion:
         pass_through(stream, self._writer, self._target, self._options, self._tell)
 
     def _may_lose(self, stream: Stream) -> bool:
-        try:
-            outermost = layer_at(stream.input)
-        except StreamError:
-            return False  # the walk says what is wrong, or that it is a legacy stream
+        outermost = _outermost(stream)
+        if outermost in ("", "legacy"):
+            return False  # the walk says what is wrong; a legacy stream is made a new one first
         if outermost == "xapi" or self._target.version == 2:
             return True
         return "libxl" not in self._target.layers and outermost != "libxc"
