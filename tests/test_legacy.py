@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from migstream.errors import FormatError, RecordRef
+from migstream.errors import FormatError, RecordRef, TruncatedError
 from migstream.io.detect import open_input
 from migstream.io.inputs import MemoryInput
 from migstream.legacy import LegacyShape, is_legacy
@@ -334,6 +334,14 @@ def test_each_record_of_qemu_becomes_an_emulator_context(signature: bytes, width
     assert (emulator.emulator_id, emulator.index, emulator.emulator_ctx) == (0, 0, state)
     assert converted.one(libxc.HvmContext).hvm_ctx == b"hvm context"
     assert converted.report.device_model == signature.decode()
+
+
+def test_qemus_record_of_xapis_first_image_has_a_line_feed_and_a_big_endian_length() -> None:
+    record = b"QemuDeviceModelRecord\n" + bytes.fromhex("00 00 00 0a") + b"QEVM state"
+    emulator = convert(old.hvm(4, tail=old.hvm_tail() + record)).one(libxl.EmulatorContext)
+    assert emulator.emulator_ctx == b"QEVM state"
+    with pytest.raises(TruncatedError):
+        convert(old.hvm(4, tail=old.hvm_tail() + record[:-1]))
 
 
 def test_without_a_record_of_qemu_there_is_a_warning() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 from migstream.bitmap import PfnBitmap
 from migstream.errors import RecordRef, TruncatedError
@@ -177,10 +178,10 @@ def _hvm_tail(source: ChunkSource, collected: Collected, qemu: Qemu) -> GuestSta
     )
 
 
-def _sized(source: ChunkSource, what: str) -> bytes:
+def _sized(source: ChunkSource, what: str, order: Literal["little", "big"] = "little") -> bytes:
     """Read a u32 length and so many octets."""
     offset = source.position
-    length = source.integer(4, f"the length of {what}")
+    length = int.from_bytes(source.take(4, f"the length of {what}"), order)
     if length > LARGEST_STATE:
         raise source.fault(f"{what} has {length} octets; more than {LARGEST_STATE} fit no record", offset)
     return source.take(length, what)
@@ -206,6 +207,12 @@ def _device_model(source: ChunkSource, qemu: Qemu) -> DeviceModel | None:
 
 
 def _to_end(source: ChunkSource) -> bytes:
+    ahead = source.input.peek(9)
+    if ahead[:1] == b"\n" and ahead[5:] == b"QEVM":
+        # xapi's first suspend image: its signature ends with a line feed, and a big-endian length follows
+        # (xapi doc/suspend-image-considerations.md).
+        source.skip(1, "the device model's signature")
+        return _sized(source, "QEMU's state", "big")
     offset = source.position
     content = source.input.read(LARGEST_STATE + 1)
     if not content:
