@@ -28,8 +28,8 @@ from migstream.io.frame import Frame
 from migstream.io.inputs import FileInput
 from migstream.io.seekable import SeekableStream
 from migstream.layout import TABLE
-from migstream.page_index import BODY_LIMIT, PageIndex
-from migstream.records import Array, Declaration, Record, libxc, libxl, xl
+from migstream.page_index import BODY_LIMIT, KEPT_AROUND, PageIndex
+from migstream.records import Array, Declaration, Record, libxc, xl
 from migstream.records.page_types import DATA_TYPES, PageType
 
 __all__ = ["Difference", "Guest", "ImageSide", "PageDifferences", "Report", "StreamSide", "diff"]
@@ -85,9 +85,9 @@ class StreamSide:
             name = "other types"
         self._count[name] += 1
         declared = frame.record_class
-        kept = declared in TABLE or (declared is not None and issubclass(declared, _KEPT))
-        if not kept or frame.length > BODY_LIMIT:
-            self._digest[name] = zlib.crc32(frame.record().build(), self._digest.get(name, 0))
+        if declared in KEPT_AROUND or (declared in TABLE and frame.length <= BODY_LIMIT):
+            return
+        self._digest[name] = zlib.crc32(frame.record().build(), self._digest.get(name, 0))
 
     def types(self, pfns: Pfns) -> npt.NDArray[np.uint8]:
         """Return the types named last."""
@@ -116,17 +116,12 @@ class StreamSide:
         state = self.index.state
         for record in [*state.static, *state.layout, *state.state]:
             found[f"libxc {record.type}{_part(record)}"] = record
-        for (_, emulator, number), record in self.index.emulators.items():
-            found[f"libxl {record.type} of emulator {emulator}, index {number}"] = record
-        return found
+        return found | self.index.around
 
     def counts(self) -> Mapping[str, str]:
         """Return the number of records of each type; of those not in `values`, the bodies' CRC-32 too."""
         digests = {name: f", bodies of CRC-32 {value:08x}" for name, value in self._digest.items() if value}
         return {name: f"{count}{digests.get(name, '')}" for name, count in self._count.items()}
-
-
-_KEPT = (libxl.EmulatorContext, libxl.EmulatorXenstoreData)  # libxl's records that an index keeps
 
 
 def _part(record: Record) -> str:

@@ -25,7 +25,7 @@ from migstream.guests.registers import guest_contexts, processors
 from migstream.io.ranges import RangeWriter
 from migstream.io.seekable import SeekableStream
 from migstream.page_index import PageIndex
-from migstream.records import libxc, libxl
+from migstream.records import envelopes, libxc, libxl
 from migstream.records.libxc import GuestType
 from migstream.records.page_types import PageType
 
@@ -119,9 +119,12 @@ def extract_memory(
 
 def device_model(index: PageIndex) -> bytes:
     """Return the device model's state, QEMU's as a rule. Raises `FormatError` where there is none."""
-    for record in index.emulators.values():
-        if isinstance(record, libxl.EmulatorContext):
-            return record.emulator_ctx
+    for record in index.around.values():
+        match record:
+            case libxl.EmulatorContext():
+                return record.emulator_ctx
+            case envelopes.QemuTrad() | envelopes.QemuXen():
+                return record.state
     raise FormatError("the stream has no EMULATOR_CONTEXT: its guest had no device model")
 
 

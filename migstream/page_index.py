@@ -24,19 +24,36 @@ from migstream.guests.protocols import PAGE_SHIFT, PAGE_SIZE
 from migstream.guests.state_book import StateBook
 from migstream.io.reader import Frame, Layer, Stream
 from migstream.layout import TABLE
-from migstream.records import Record, libxc, libxl, xl
+from migstream.records import Record, envelopes, libxc, libxl, xl
 from migstream.records.libxc import GuestType
 from migstream.records.page_types import DATA_TYPES
 from migstream.records.pv_state import PV_LAYOUTS
 
-__all__ = ["DEFAULT_MAX_MEMORY", "Batch", "PageIndex", "PageRun", "implied_memory"]
+__all__ = [
+    "BODY_LIMIT",
+    "DEFAULT_MAX_MEMORY",
+    "KEPT_AROUND",
+    "Batch",
+    "PageIndex",
+    "PageRun",
+    "implied_memory",
+]
 
 DEFAULT_MAX_MEMORY = 64 << 30  # octets of guest memory where the stream does not say how much there is
 MOST_IMPLIED = 1 << 40  # octets that a config may imply: its number costs a liar nothing
 BELOW_4G = 4 << 30  # octets: an HVM guest's memory makes room for devices below this address
-BODY_LIMIT = 8 << 20  # octets of a record that is kept; no real one of those comes near
+BODY_LIMIT = 8 << 20  # octets of a libxc record that is kept; no real one of those comes near
+AROUND_LIMIT = 16  # records around the image that are kept; a real stream has three
 VCPU_LIMIT = 1 << 13  # vCPUs whose state is kept: Xen's own limit
 BLOCK = 1 << 16  # PFNs looked at in one go
+
+#: The records of other layers than libxc that belong to a guest's state.
+KEPT_AROUND: frozenset[type[Record]] = frozenset(
+    (
+        *(libxl.EmulatorContext, libxl.EmulatorXenstoreData),
+        *(envelopes.Xenops, envelopes.QemuTrad, envelopes.QemuXen),
+    )
+)
 
 _HAS_DATA = np.zeros(16, np.bool_)
 _HAS_DATA[list(DATA_TYPES)] = True
@@ -65,9 +82,10 @@ class PageRun(NamedTuple):
 class PageIndex:
     """The final state of a guest in a stream: its pages by PFN, and the records that go with them.
 
-    ``layers`` are the stream's, ``state`` its libxc records, ``emulators`` libxl's, by class, emulator id and
-    index. ``checkpoints`` is how many were completed, ``void`` how many octets behind the last of them were
-    left out of account. ``error`` is what ended a stream early that was read with ``partial``.
+    ``layers`` are the stream's, ``state`` its libxc records, ``around`` the records of the layers around
+    those, by what they are, such as ``libxl EMULATOR_CONTEXT of emulator 2, index 0``. ``checkpoints`` is how
+    many were completed, ``void`` how many octets behind the last of them were left out of account. ``error``
+    is what ended a stream early that was read with ``partial``.
     """
 
     def __init__(self, max_memory: int) -> None:
@@ -75,7 +93,7 @@ class PageIndex:
         self.max_memory = max_memory
         self.layers: list[Layer] = []
         self.state = StateBook()
-        self.emulators: dict[tuple[type[Record], int, int], Record] = {}
+        self.around: dict[str, Record] = {}
         self.checkpoints = 0
         self.void = 0
         self.error: StreamError | None = None
@@ -262,7 +280,7 @@ class _Round:
     def __init__(self, size: int) -> None:
         self.book = _Book(size)
         self.records: list[Record] = []
-        self.emulators: dict[tuple[type[Record], int, int], Record] = {}
+        self.around: dict[str, Record] = {}
 
 
 class _Walk:
@@ -333,7 +351,7 @@ class _Walk:
             index._book.absorb(self.round.book)
             for record in self.round.records:
                 index.state.apply(record)
-            index.emulators |= self.round.emulators
+            index.around |= self.round.around
         self.round = _Round(index._book.size)
 
     def _layer(self, layer: Layer) -> None:
@@ -363,14 +381,17 @@ class _Walk:
         declared = frame.record_class
         if declared is libxc.Verify:
             self.verifying = True
-        if declared is None or frame.length > BODY_LIMIT:
+        if declared is None:
             return
-        if issubclass(declared, libxl.EmulatorContext | libxl.EmulatorXenstoreData):
+        if declared in KEPT_AROUND:
+            kept = self.index.around if self.round is None else self.round.around
             record = frame.record()
-            assert isinstance(record, libxl.EmulatorContext | libxl.EmulatorXenstoreData)
-            kept = self.index.emulators if self.round is None else self.round.emulators
-            kept[declared, record.emulator_id, record.index] = record
-        elif declared in TABLE:
+            name = f"{frame.layer.name} {frame.type_name}"
+            if isinstance(record, libxl.EmulatorContext | libxl.EmulatorXenstoreData):
+                name += f" of emulator {record.emulator_id}, index {record.index}"
+            if name in kept or len(kept) < AROUND_LIMIT:
+                kept[name] = record
+        elif declared in TABLE and frame.length <= BODY_LIMIT:
             self._libxc_record(frame.record(), frame)
 
     def _libxc_record(self, record: Record, frame: Frame) -> None:

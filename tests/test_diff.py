@@ -137,6 +137,19 @@ def test_bodies_of_unknown_records_count(tmp_path: Path) -> None:
     assert difference.a != difference.b
 
 
+def test_state_around_the_image_is_compared(tmp_path: Path) -> None:
+    def libxl(state: bytes) -> bytes:
+        emulator = build.record(build.EMULATOR_CONTEXT, struct.pack("<II", 2, 0) + state)
+        return build.libxl(build.record(build.LIBXC_CONTEXT), BASE, emulator, build.record(0))
+
+    (difference,) = compared(libxl(b"one"), libxl(b"two"), tmp_path).differences
+    assert difference.where == "libxl EMULATOR_CONTEXT of emulator 2, index 0"
+    assert (difference.field, difference.a) == ("emulator_ctx", "3 octets, from 0 on 6f 6e 65")
+    one, other = (build.xapi(build.segment(0xF0) + BASE, build.segment(0xF11, x)) for x in (b"a", b"b"))
+    (difference,) = compared(one, other, tmp_path).differences
+    assert (difference.where, difference.field) == ("records", "xapi Varstored")
+
+
 def test_configs_are_compared_by_their_keys(tmp_path: Path) -> None:
     one = xl_file(b'{"c_info": {"name": "a", "x": [1, 2]}}\0')
     other = xl_file(b'{"c_info": {"x": [1, 3], "name": "a"}, "new": 1}\0')

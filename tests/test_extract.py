@@ -127,6 +127,13 @@ def test_device_model_and_config_are_written_as_they_lie_in_the_stream(tmp_path:
     assert result.exit_code == 0, result.output
     assert (tmp_path / "qemu").read_bytes() == b"QEVM state"
     assert (tmp_path / "json").read_bytes() == b'{"c_info": {}}'
+    xapi = given_file(
+        tmp_path / "xapi", build.xapi(build.segment(0xF0) + image, build.segment(0xF00, b"QEMU"))
+    )
+    result = run(xapi, "--device-model", tmp_path / "qemu", "--config", tmp_path / "xenops")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "qemu").read_bytes() == b"QEMU"
+    assert (tmp_path / "xenops").read_bytes() == build.XENOPS
     bare = given_file(tmp_path / "bare", image)
     for option, reason in (("--device-model", "EMULATOR_CONTEXT"), ("--config", "no config")):
         result = run(bare, option, tmp_path / "absent")

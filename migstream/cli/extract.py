@@ -72,7 +72,9 @@ Examples:
     "--partial", is_flag=True, help="Of a damaged stream, write what stands before the damage; exit code 1."
 )
 @click.option("--device-model", metavar="FILE", help="Write the device model's state (QEMU's) to FILE.")
-@click.option("--config", metavar="FILE", help="Write the config of an xl file to FILE.")
+@click.option(
+    "--config", metavar="FILE", help="Write the config in the envelope (JSON, XML, S-expression) to FILE."
+)
 @click.option("--json", "as_json", is_flag=True, help="Say what was written as one JSON object.")
 @timeout_option
 def command(
@@ -158,13 +160,15 @@ def _write(path: str, octets: bytes) -> None:
 
 def _config(index: PageIndex) -> bytes:
     from migstream.errors import FormatError
-    from migstream.records import xl
+    from migstream.records import envelopes
 
     for layer in index.layers:
-        header = layer.header(xl.SaveFileConfig)
-        if header is not None:
-            return header.config.rstrip(b"\0")
-    raise FormatError("the input has no config: it is no xl file, or one without")
+        if layer.config is not None:
+            return layer.config.rstrip(b"\0")
+    for record in index.around.values():
+        if isinstance(record, envelopes.Xenops):
+            return record.config
+    raise FormatError("the input has no config: it is in no envelope, or in one without")
 
 
 def _to_json(written: Extraction | None, index: PageIndex) -> dict[str, object]:
