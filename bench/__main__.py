@@ -8,7 +8,7 @@ import sys
 
 from bench.timing import print_table
 
-GROUPS = ("reading", "engines")
+GROUPS = ("reading", "engines", "converting", "extracting")
 
 
 def main() -> int:

@@ -14,10 +14,12 @@ __all__ = ["COMMANDS", "help_text", "main"]
 COMMANDS = {
     "inspect": "Show what is in a stream: layers, records, pages, passes, config.",
     "verify": "Check a stream against the specification.",
+    "convert": "Write the stream IN (a file, '-' for standard input, or fd:N) to OUT in another form.",
+    "extract": "Write the memory in the stream IN to OUT as an image, and other contents to files.",
+    "diff": "Compare two streams or images: headers, records and their fields, then pages by PFN.",
     "save": "Save GUEST as a libxc stream to OUT: a file, '-' for standard output, or fd:N.",
     "restore": "Restore the stream IN (a file, '-' for standard input, or fd:N) into GUEST.",
     "migrate": "Migrate SRC to DST, two guests such as model:64M or raw:FILE, live unless told otherwise.",
-    "convert": "Write the stream IN (a file, '-' for standard input, or fd:N) to OUT in another form.",
     "demo": "Live-migrate a busy machine through a pipe, and compare both page by page.",
 }
 
@@ -29,11 +31,11 @@ def help_text() -> str:
     return f"""\
 Usage: migstream [OPTIONS] COMMAND [ARGS]...
 
-  Read, check, build and run Xen migration streams.
+  Read, check, convert, build and run Xen migration streams.
 
-  A stream is what Xen writes when a domain is saved, checkpointed or migrated: an xl save file, a libxl
-  stream or a bare libxc image. The layers are detected. FILE may be '-' for standard input, and may be
-  compressed by zstd, gzip or xz.
+  A stream is what Xen writes when a domain is saved, checkpointed or migrated: an xl save file, a save
+  image of libvirt or xapi, a libxl stream or a bare libxc image. The layers are detected. A file may be '-'
+  for standard input, and may be compressed by zstd, gzip or xz.
 
 Commands:
 {commands}
