@@ -10,32 +10,26 @@ The offsets are of use where the input can be seeked: `migstream.io.seekable` ma
 
 from __future__ import annotations
 
-import mmap
-from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
 from migstream.errors import FormatError, StreamError, TruncatedError
-from migstream.guests.memory import ANONYMOUS
 from migstream.guests.protocols import PAGE_SHIFT, PAGE_SIZE
 from migstream.guests.state_book import StateBook
 from migstream.io.reader import Frame, Layer, Stream
 from migstream.layout import TABLE
+from migstream.page_list import HAS_DATA, PageList
 from migstream.records import Record, envelopes, libxc, libxl, xl
 from migstream.records.libxc import GuestType
-from migstream.records.page_types import DATA_TYPES
 from migstream.records.pv_state import PV_LAYOUTS
 
 __all__ = [
     "BODY_LIMIT",
     "DEFAULT_MAX_MEMORY",
     "KEPT_AROUND",
-    "Batch",
     "PageIndex",
-    "PageRun",
     "implied_memory",
 ]
 
@@ -45,7 +39,6 @@ BELOW_4G = 4 << 30  # octets: an HVM guest's memory makes room for devices below
 BODY_LIMIT = 8 << 20  # octets of a libxc record that is kept; no real one of those comes near
 AROUND_LIMIT = 16  # records around the image that are kept; a real stream has three
 VCPU_LIMIT = 1 << 13  # vCPUs whose state is kept: Xen's own limit
-BLOCK = 1 << 16  # PFNs looked at in one go
 
 #: The records of other layers than libxc that belong to a guest's state.
 KEPT_AROUND: frozenset[type[Record]] = frozenset(
@@ -55,31 +48,10 @@ KEPT_AROUND: frozenset[type[Record]] = frozenset(
     )
 )
 
-_HAS_DATA = np.zeros(16, np.bool_)
-_HAS_DATA[list(DATA_TYPES)] = True
 _RESERVED_TYPES = (5, 8)  # the first and the last
 
 
-class Batch(NamedTuple):
-    """Some PFNs: uint64[n] ascending, their types uint8[n], and where their pages lie, int64[n].
-
-    An offset is in octets from the start of the (unpacked) input, or -1 for a PFN without a page.
-    """
-
-    pfns: npt.NDArray[np.uint64]
-    types: npt.NDArray[np.uint8]
-    offsets: npt.NDArray[np.int64]
-
-
-class PageRun(NamedTuple):
-    """``pages`` pages of consecutive PFNs from ``first`` on, which lie one after the other at ``offset``."""
-
-    first: int
-    pages: int
-    offset: int
-
-
-class PageIndex:
+class PageIndex(PageList):
     """The final state of a guest in a stream: its pages by PFN, and the records that go with them.
 
     ``layers`` are the stream's, ``state`` its libxc records, ``around`` the records of the layers around
@@ -90,6 +62,7 @@ class PageIndex:
 
     def __init__(self, max_memory: int) -> None:
         """Make an empty index for PFNs below ``max_memory`` octets."""
+        super().__init__(max_memory >> PAGE_SHIFT)
         self.max_memory = max_memory
         self.layers: list[Layer] = []
         self.state = StateBook()
@@ -97,7 +70,6 @@ class PageIndex:
         self.checkpoints = 0
         self.void = 0
         self.error: StreamError | None = None
-        self._book = _Book(max_memory >> PAGE_SHIFT)
 
     @classmethod
     def of(
@@ -135,77 +107,6 @@ class PageIndex:
                 )
         raise FormatError("the input has no libxc image, so no memory")
 
-    @property
-    def end(self) -> int:
-        """One more than the highest PFN that the stream names; 0 where it names none."""
-        return self._book.end
-
-    def lookup(self, pfns: npt.NDArray[np.uint64]) -> Batch:
-        """Return what is known of ``pfns``, uint64[n]; those never named have type XTAB and no page."""
-        types = np.full(len(pfns), 0xF, np.uint8)
-        offsets = np.full(len(pfns), -1, np.int64)
-        inside = pfns < np.uint64(self.end)
-        found, where = self._book.get(pfns[inside].astype(np.int64))
-        types[inside] = np.where(found > 0, found - np.uint8(1), np.uint8(0xF))
-        offsets[inside] = where - 1
-        return Batch(pfns, types, offsets)
-
-    def batches(self, first: int = 0, end: int | None = None) -> Iterator[Batch]:
-        """Yield every PFN in [``first``, ``end``) that was named, ascending, at most 64 Ki at a time."""
-        return self._book.batches(first, self.end if end is None else min(end, self.end))
-
-    def runs(
-        self, first: int = 0, end: int | None = None, *, omit: frozenset[int] = frozenset()
-    ) -> Iterator[PageRun]:
-        """Yield the pages in [``first``, ``end``) in the order of PFNs, those that lie together as one run.
-
-        Pages whose type is in ``omit`` are left out. Runs end at multiples of 64 Ki PFNs.
-        """
-        for pfns, offsets in self._with_pages(first, end, omit):
-            yield from _runs(pfns, offsets)
-
-    def pfn_runs(
-        self, first: int = 0, end: int | None = None, *, omit: frozenset[int] = frozenset()
-    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-        """Return the runs of consecutive PFNs with pages: their first PFNs and lengths, uint64[n] both.
-
-        As `runs`, but wherever the pages lie; each of these starts where one of those does.
-        """
-        starts: list[npt.NDArray[np.uint64]] = [np.empty(0, np.uint64)]
-        ends: list[npt.NDArray[np.uint64]] = [np.empty(0, np.uint64)]
-        for pfns, _ in self._with_pages(first, end, omit):
-            breaks = np.flatnonzero(np.diff(pfns) != 1)
-            begin = 1 if len(ends[-1]) and ends[-1][-1] == pfns[0] else 0
-            if begin:
-                ends[-1] = ends[-1][:-1]  # the run goes on over the edge of the batch
-            starts.append(pfns[np.concatenate(([0], breaks + 1))][begin:])
-            ends.append(pfns[np.append(breaks, len(pfns) - 1)] + np.uint64(1))
-        first_pfns = np.concatenate(starts)
-        return first_pfns, np.concatenate(ends) - first_pfns
-
-    def pfns_with_pages(
-        self, first: int = 0, end: int | None = None, *, omit: frozenset[int] = frozenset()
-    ) -> Iterator[npt.NDArray[np.uint64]]:
-        """Yield the PFNs that `runs` consists of, uint64[n], 64 Ki at most at a time."""
-        return (pfns for pfns, _ in self._with_pages(first, end, omit))
-
-    def _with_pages(
-        self, first: int, end: int | None, omit: frozenset[int]
-    ) -> Iterator[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]]:
-        keep = _HAS_DATA.copy()
-        keep[list(omit)] = False
-        for batch in self.batches(first, end):
-            there = keep[batch.types]
-            if there.any():
-                yield batch.pfns[there], batch.offsets[there]
-
-    def count_by_type(self, first: int = 0, end: int | None = None) -> Counter[int]:
-        """Return how many PFNs in [``first``, ``end``) have each type."""
-        counts = np.zeros(16, np.int64)
-        for batch in self.batches(first, end):
-            counts += np.bincount(batch.types, minlength=16)
-        return Counter({type: n for type, n in enumerate(counts.tolist()) if n})
-
 
 def implied_memory(layers: list[Layer]) -> int | None:
     """Return up to which octet a guest reaches that has the memory of its xl config; ``None`` without one.
@@ -225,60 +126,11 @@ def implied_memory(layers: list[Layer]) -> int | None:
     return min((value << 10) + BELOW_4G, MOST_IMPLIED) if isinstance(value, int) and value > 0 else None
 
 
-def _runs(pfns: npt.NDArray[np.uint64], offsets: npt.NDArray[np.int64]) -> Iterator[PageRun]:
-    breaks = (np.diff(pfns) != 1) | (np.diff(offsets) != PAGE_SIZE)
-    starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
-    counts = np.diff(np.append(starts, len(pfns)))
-    rows = zip(pfns[starts].tolist(), counts.tolist(), offsets[starts].tolist(), strict=True)
-    yield from (PageRun(*row) for row in rows)
-
-
-class _Book:
-    """Types and offsets of ``size`` PFNs, both one higher than they are, so that 0 is what nobody named.
-
-    So memory that is never written to costs nothing, however large ``size``.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.end = 0
-        room = max(size, 1)
-        self._types = np.frombuffer(mmap.mmap(-1, room, flags=ANONYMOUS), np.uint8)
-        self._offsets = np.frombuffer(mmap.mmap(-1, 8 * room, flags=ANONYMOUS), np.int64)
-
-    def put(
-        self, pfns: npt.NDArray[np.int64], types: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]
-    ) -> None:
-        """Replace what is known of ``pfns``; of one named twice, the last counts."""
-        if not len(pfns):
-            return
-        self._types[pfns] = types + np.uint8(1)
-        self._offsets[pfns] = offsets + 1
-        self.end = max(self.end, int(pfns.max()) + 1)
-
-    def get(self, pfns: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        """Return types and offsets of ``pfns``, both one higher than they are."""
-        return self._types[pfns], self._offsets[pfns]
-
-    def batches(self, first: int, end: int) -> Iterator[Batch]:
-        """Yield what was named in [``first``, ``end``), a block at a time."""
-        for start in range(first, end, BLOCK):
-            named = np.flatnonzero(self._types[start : min(start + BLOCK, end)]) + start
-            if len(named):
-                types, offsets = self.get(named)
-                yield Batch(named.astype(np.uint64), types - np.uint8(1), offsets - 1)
-
-    def absorb(self, other: _Book) -> None:
-        """Take over everything that ``other`` knows."""
-        for batch in other.batches(0, other.end):
-            self.put(batch.pfns.astype(np.int64), batch.types, batch.offsets)
-
-
 class _Round:
     """What came since the last checkpoint, and counts only when the next one is complete."""
 
     def __init__(self, size: int) -> None:
-        self.book = _Book(size)
+        self.pages = PageList(size)
         self.records: list[Record] = []
         self.around: dict[str, Record] = {}
 
@@ -348,11 +200,11 @@ class _Walk:
             return
         index.checkpoints = self.stream.checkpoints
         if self.round is not None:
-            index._book.absorb(self.round.book)
+            index.absorb(self.round.pages)
             for record in self.round.records:
                 index.state.apply(record)
             index.around |= self.round.around
-        self.round = _Round(index._book.size)
+        self.round = _Round(index.size)
 
     def _layer(self, layer: Layer) -> None:
         self.index.layers.append(layer)
@@ -374,7 +226,7 @@ class _Walk:
         """Bound the guest by what the stream says of it, unless the caller did, or pages came already."""
         if self.asked is None and not self.index.end:
             self.index.max_memory = octets
-            self.index._book = _Book(octets >> PAGE_SHIFT)
+            self.index.resize(octets >> PAGE_SHIFT)
             self.limited_by = why
 
     def _record(self, frame: Frame) -> None:
@@ -415,13 +267,13 @@ class _Walk:
             self.round.records.append(record)
 
     def _pages(self, frame: Frame) -> None:
-        book = self.index._book if self.round is None else self.round.book
+        known = self.index if self.round is None else self.round.pages
         count, _ = frame.page_head()
         at = start = frame.offset + 16 + 8 * count
         for entries in frame.entries(count):
             pfns, types = entries.pfns, entries.types
-            self._check(frame, pfns, types, book.size)
-            with_data = _HAS_DATA[types]
+            self._check(frame, pfns, types, known.size)
+            with_data = HAS_DATA[types]
             offsets = np.full(len(pfns), -1, np.int64)
             pages = int(np.count_nonzero(with_data))
             offsets[with_data] = at + PAGE_SIZE * np.arange(pages)
@@ -432,7 +284,7 @@ class _Walk:
             if size is not None and at > size:  # a cut record: what is there of it counts with `partial`
                 whole = offsets + PAGE_SIZE <= size
                 pfns, types, offsets = pfns[whole], types[whole], offsets[whole]
-            book.put(pfns.astype(np.int64), types, offsets)
+            known.put(pfns.astype(np.int64), types, offsets)
         if at - frame.offset - 8 != frame.length:
             raise FormatError(
                 f"expected {8 + 8 * count} octets of entries and {PAGE_SIZE} for each page among them, "

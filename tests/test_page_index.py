@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import migstream
 from migstream.errors import FormatError, TruncatedError
 from migstream.io.seekable import seekable
-from migstream.page_index import PageIndex, PageRun
+from migstream.page_index import PageIndex
+from migstream.page_list import PageRun
 from migstream.records import libxc
 from tests import build
 from tests.streams import CHECKPOINT, END, STATIC_DATA_END, TAIL, PvGuest, page_data, pages, stream
@@ -48,6 +49,15 @@ def test_the_last_copy_of_a_page_counts_and_runs_join_what_lies_together() -> No
     second = first + 3 * 4096 + 8 + 8 + 8
     assert list(index.runs()) == [PageRun(3, 1, first), PageRun(4, 1, second), PageRun(5, 1, first + 8192)]
     assert index.end == 6
+
+
+def test_a_run_of_pfns_goes_on_over_the_edge_of_a_block_of_the_list() -> None:
+    edge = 1 << 16
+    octets = stream(STATIC_DATA_END, pages(edge - 2, [1, 2, 3, 4]), pages(edge + 9, [5]), END)
+    starts, counts = index_of(octets).pfn_runs()
+    assert (starts.tolist(), counts.tolist()) == ([edge - 2, edge + 9], [4, 1])
+    starts, counts = index_of(octets).pfn_runs(edge - 1, edge + 1)
+    assert (starts.tolist(), counts.tolist()) == ([edge - 1], [2])
 
 
 def test_a_type_without_content_that_comes_last_takes_the_page_away() -> None:
