@@ -11,7 +11,7 @@ help:
 	@echo "make test         the test suite"
 	@echo "make test-xen     real xl restore, under emulation, on streams that we wrote (by hand: 10 minutes, root, Debian)"
 	@echo "make lint         ruff check, ruff format --check, mypy --strict"
-	@echo "make bench        the ratios of the README, on streams that it makes (needs 9 GB of disk, 24 GB of memory)"
+	@echo "make bench        the ratios of the README, on streams that it makes (needs 14 GB of disk, 16 GB of memory)"
 	@echo "make bench-quick  the same on small streams: does it run, not how fast"
 	@echo "make fuzz         mutate small streams for a minute; any error but our own is a finding"
 	@echo "make spec         regenerate the tables of spec/"
@@ -33,7 +33,7 @@ demo: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh demo/demo.sh build/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 test-xen: $(READY)
 	$(BIN)/python -m tests.xen

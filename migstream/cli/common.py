@@ -65,11 +65,11 @@ def open_stream(file: str, timeout_s: float | None = None) -> Stream:
 
 
 @contextlib.contextmanager
-def open_output(out: str) -> Iterator[int]:
+def open_output(out: str, *, durable: bool = False) -> Iterator[int]:
     """Open what a stream is written to: ``-`` for standard output, ``fd:N``, or a new file.
 
-    A file appears when the block ends without an error. Where there is no room for it, the `OSError`
-    names it.
+    A file appears when the block ends without an error, ``durable`` on the disk. Where there is no room
+    for it, the `OSError` names it.
     """
     if out == "-" and sys.stdout.isatty():
         raise click.UsageError(
@@ -87,7 +87,7 @@ def open_output(out: str) -> Iterator[int]:
         from migstream.io.outputs import new_file
 
         try:
-            with new_file(out) as fd:
+            with new_file(out, durable=durable) as fd:
                 yield fd
         except OSError as exc:
             if exc.errno in NO_ROOM and exc.filename is None:

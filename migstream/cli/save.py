@@ -85,7 +85,7 @@ def command(
         with (
             open_source(guest, GuestType[guest_type.upper()]) as source,
             owning(source),
-            open_output(out) as fd,
+            open_output(out, durable=True) as fd,
             show(tells, as_json=as_json) as progress,
         ):
             result = save(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from migstream.errors import FormatError, RecordRef, StreamError, TruncatedError
+from migstream.io.inputs import Input
 from migstream.io.layers import Layer
 from migstream.records import (
     MAX_RECORD_LENGTH,
@@ -19,10 +20,7 @@ from migstream.records import (
     record_class,
     record_name,
 )
-from migstream.records.page_data import Entries
-
-if TYPE_CHECKING:
-    from migstream.io.reader import Stream
+from migstream.records.page_data import Entries, RunTemplates
 
 __all__ = ["Frame", "PageHead", "Payload", "Segment", "Trailer"]
 
@@ -32,6 +30,21 @@ ENTRIES_AT_ONCE = 1 << 16  # PAGE_DATA entries decoded at a time: 512 KiB, howev
 _HEADER_SIZE = libxc.RecordHeader.head_size
 _PAGE_HEAD = PageData.head_size
 _PAGE_STRUCT = {"little": PageData.struct("little"), "big": PageData.struct("big")}
+
+
+class Walk(Protocol):
+    """What a frame needs of the stream that it stands in."""
+
+    input: Input
+    run_templates: RunTemplates
+
+    @property
+    def position(self) -> int:
+        """Octets of the input that have been consumed."""
+
+    @property
+    def failover_hint(self) -> str | None:
+        """What a restore would make of an input that ends here, where it would make something of it."""
 
 
 class PageHead(NamedTuple):
@@ -44,7 +57,7 @@ class PageHead(NamedTuple):
 class Payload:
     """Octets of the stream that are consumed in sequence, or else skipped."""
 
-    def __init__(self, stream: Stream, length: int | None) -> None:
+    def __init__(self, stream: Walk, length: int | None) -> None:
         self._stream = stream
         self._left = length
 
@@ -123,7 +136,7 @@ class Frame(Payload):
     """
 
     def __init__(
-        self, stream: Stream, layer: Layer, *, code: int, length: int, offset: int, index: int
+        self, stream: Walk, layer: Layer, *, code: int, length: int, offset: int, index: int
     ) -> None:
         super().__init__(stream, length)
         self.layer = layer
@@ -300,6 +313,6 @@ class Segment(Frame):
 class Trailer(Payload):
     """What follows the end of the outermost layer, from ``offset`` to the end of the input."""
 
-    def __init__(self, stream: Stream, offset: int) -> None:
+    def __init__(self, stream: Walk, offset: int) -> None:
         super().__init__(stream, stream.input.remaining)
         self.offset = offset

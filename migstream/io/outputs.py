@@ -13,12 +13,13 @@ __all__ = ["new_file"]
 
 
 @contextlib.contextmanager
-def new_file(path: str | os.PathLike[str]) -> Iterator[int]:
+def new_file(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[int]:
     """Open a descriptor whose octets become the file ``path`` when the block ends without an error.
 
-    They are written beside it, under a name that starts with a dot, and brought to the disk before the
-    file is renamed. On any error, an interrupt too, nothing is left and what had the name is untouched.
-    A pipe or a device is written to as it is.
+    They are written beside it, under a name that starts with a dot, and renamed then. On any error, an
+    interrupt too, nothing is left and what had the name is untouched. ``durable``: they are on the disk
+    before the file has its name, which what cannot be made again (a guest that is gone) is worth waiting
+    for. A pipe or a device is written to as it is.
     """
     target = Path(path).resolve()
     with contextlib.suppress(FileNotFoundError):
@@ -38,7 +39,8 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[int]:
     try:
         fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         yield fd
-        os.fsync(fd)
+        if durable:
+            os.fsync(fd)
         aside.rename(target)
     except BaseException:
         aside.unlink(missing_ok=True)
