@@ -38,6 +38,7 @@ IOV_MAX = os.sysconf("SC_IOV_MAX") if hasattr(os, "sysconf") else 1024
 COPY_CHUNK = 1 << 30  # octets that one copying call is asked for; the kernel caps at 2 GiB
 SCRATCH = 256 << 10  # octets of a bounce buffer: as large as stays in a core's cache
 PIPE_SIZE = 256 << 10  # the pipe size that moved most, of 64 KiB to 1 MiB
+PIPE_PORTION = PIPE_SIZE // 2  # octets of one write to a pipe, so that its reader gets in between
 F_SETPIPE_SZ = 1031  # linux/fcntl.h; in Python's fcntl module since 3.10
 
 # What a kernel answers when it cannot do a copy between this pair of descriptors.
@@ -189,16 +190,34 @@ def write_vectors(
     vectors = views(memoryview(buffer) for buffer in buffers)
     limited = timeout_s is not None and file_size(fd) is None
     write = partial(_write_now, timeout_s=timeout_s) if limited else os.writev
+    to_pipe = sum(map(len, vectors)) > PIPE_PORTION and is_pipe(fd)
     first = total = 0
     while first < len(vectors):
+        vector = _portion(vectors, first) if to_pipe else vectors[first : first + IOV_MAX]
         try:
-            done = write(fd, vectors[first : first + IOV_MAX])
+            done = write(fd, vector)
         except BlockingIOError:
             _wait(fd, select.POLLOUT, timeout_s)
             continue
         total += done
         first = _advance(vectors, first, done)
     return total
+
+
+def _portion(vectors: list[memoryview], first: int) -> list[memoryview]:
+    """Return what one write to a pipe takes of ``vectors`` from ``first`` on.
+
+    A write holds the pipe's lock until the pipe is full, and the reader's read until it is empty: without
+    portions the two would take turns instead of working at the same time.
+    """
+    portion: list[memoryview] = []
+    room = PIPE_PORTION
+    for view in vectors[first : first + PIPE_PORTION // 4096]:
+        portion.append(view[:room])
+        room -= len(view)
+        if room <= 0:
+            break
+    return portion
 
 
 def _write_now(fd: int, vectors: list[memoryview], timeout_s: float | None) -> int:
