@@ -44,7 +44,8 @@ def rows(*, quick: bool = False) -> list[Row]:
 
 
 def _size(n_pages: int) -> str:
-    return f"{n_pages * PAGE / (1 << 30):.3g} GiB"
+    gib = n_pages * PAGE / (1 << 30)
+    return f"{gib / 1024:.3g} TiB" if gib >= 1024 else f"{gib:.3g} GiB"
 
 
 def _pipe(source: ModelGuest, path: Path, *, touched: bool) -> Row:
