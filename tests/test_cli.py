@@ -188,6 +188,22 @@ def test_what_cannot_be_opened_is_an_error_too(command: str, tmp_path: Path) -> 
         assert shown.stderr.decode() == f"migstream: {path}: {message}\n"
 
 
+def test_an_output_that_cannot_be_made_is_named(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "absent" / "out.xl"
+    for args in (["convert", str(whole), str(out), "--to", "xl"], ["save", "model:1M", str(out)]):
+        shown = migstream(*args)
+        assert (shown.returncode, shown.stderr.decode()) == (
+            1,
+            f"migstream: {out}: No such file or directory\n",
+        )
+
+
+def test_what_is_no_stream_is_told_without_an_empty_table(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_text("no stream at all\n")
+    assert migstream("inspect", str(path)).stdout.decode() == f"{path}: no migration stream\n"
+
+
 def test_usage_errors_exit_2() -> None:
     for args in (
         ["inspect"],

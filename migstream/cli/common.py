@@ -132,8 +132,8 @@ def size_option(name: str, text: str | None, example: str = "8G") -> int | None:
 def error_lines(error: BaseException, file: str) -> str:
     """Return an error as it is shown: where, what, and what to do."""
     if isinstance(error, OSError):
-        if error.errno in NO_ROOM and error.filename is not None:
-            file = str(error.filename)  # not the input, which the caller names
+        if isinstance(error.filename, str):
+            file = error.filename  # which may be the output, or a config, not what the caller names
         return f"{printable(file)}: {error.strerror or error}"
     return f"{printable(file)}: {printable(str(error))}"
 

@@ -25,6 +25,8 @@ KINDS = {
 def summary(report: Report, file: str) -> Iterator[str]:
     """Yield the lines of the summary; text from the stream is escaped."""
     yield f"{printable(file)}: {_headline(report)}"
+    if not report.layers:
+        return
     yield from _section(
         "layers",
         ["layer", "offset", "version", "byte order", ""],

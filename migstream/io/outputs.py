@@ -37,7 +37,10 @@ def new_file(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[
     aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     fd = -1
     try:
-        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except OSError as exc:
+            raise OSError(exc.errno, exc.strerror, os.fspath(path)) from None  # the name that was asked for
         yield fd
         if durable:
             os.fsync(fd)
