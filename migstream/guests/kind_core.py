@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from migstream.guests.kind import GuestKind, GuestSpec, Option
-from migstream.guests.protocols import SaveSource
-from migstream.records.libxc import GuestType
+from migstream.guests.kind_segments import segment_kind
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = ["KIND"]
 
 
-@contextmanager
-def _source(spec: GuestSpec, guest_type: GuestType) -> Iterator[SaveSource]:
-    from migstream.guests.segments import SegmentSource
+def _segments(fd: int) -> npt.NDArray[np.uint64]:
     from migstream.guests.xen_core import CoreFile
 
-    with SegmentSource(
-        spec.what, spec.guest_type(guest_type), lambda fd: CoreFile.open(fd).segments()
-    ) as source:
-        yield source
+    return CoreFile.open(fd).segments()
 
 
-KIND = GuestKind(
-    name="core",
-    what="FILE",
+KIND = segment_kind(
+    "core",
     example="core:guest.core",
-    help="a core dump of Xen, as xl dump-core writes it; PV page tables keep machine frames; to save from",
-    source=_source,
-    options=(Option("guest-type", "pv", "pv or hvm; default: as --guest-type says"),),
+    help="a core dump of Xen, as xl dump-core writes it; PV page tables keep machine frames",
+    segments=_segments,
 )

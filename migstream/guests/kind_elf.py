@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from migstream.guests.kind import GuestKind, GuestSpec, Option
-from migstream.guests.protocols import SaveSource
-from migstream.records.libxc import GuestType
+from migstream.guests.kind_segments import segment_kind
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = ["KIND"]
 
 
-@contextmanager
-def _source(spec: GuestSpec, guest_type: GuestType) -> Iterator[SaveSource]:
+def _segments(fd: int) -> npt.NDArray[np.uint64]:
     from migstream.guests.elf import ElfFile
-    from migstream.guests.segments import SegmentSource
 
-    with SegmentSource(
-        spec.what, spec.guest_type(guest_type), lambda fd: ElfFile.open(fd).load_segments()
-    ) as source:
-        yield source
+    return ElfFile.open(fd).load_segments()
 
 
-KIND = GuestKind(
-    name="elf",
-    what="FILE",
+KIND = segment_kind(
+    "elf",
     example="elf:vmcore",
-    help="an ELF core with program headers (a vmcore): page PFN at physical address PFN * 4096; to save from",
-    source=_source,
-    options=(Option("guest-type", "pv", "pv or hvm; default: as --guest-type says"),),
+    help="an ELF core with program headers (a vmcore): page PFN at physical address PFN * 4096",
+    segments=_segments,
 )

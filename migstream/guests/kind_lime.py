@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from migstream.guests.kind import GuestKind, GuestSpec, Option
-from migstream.guests.protocols import SaveSource
-from migstream.records.libxc import GuestType
+from migstream.guests.kind_segments import segment_kind
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = ["KIND"]
 
 
-@contextmanager
-def _source(spec: GuestSpec, guest_type: GuestType) -> Iterator[SaveSource]:
+def _segments(fd: int) -> npt.NDArray[np.uint64]:
     from migstream.guests.lime import ranges
-    from migstream.guests.segments import SegmentSource
 
-    with SegmentSource(spec.what, spec.guest_type(guest_type), ranges) as source:
-        yield source
+    return ranges(fd)
 
 
-KIND = GuestKind(
-    name="lime",
-    what="FILE",
+KIND = segment_kind(
+    "lime",
     example="lime:memory.lime",
-    help="a LiME memory image; to save from",
-    source=_source,
-    options=(Option("guest-type", "pv", "pv or hvm; default: as --guest-type says"),),
+    help="a LiME memory image",
+    segments=_segments,
 )
