@@ -392,7 +392,7 @@ def test_a_capture_in_each_envelope_is_what_is_made_by_hand(kind: Kind, tmp_path
         segments = [qemu] if kind == "xapi" else []
         with (
             reader.open_memory(content) as stream,
-            EnvelopeWriter.open(kind, writer, config, segments=segments),
+            EnvelopeWriter(kind, writer, config, segments=segments),
         ):
             copy_stream(stream, writer)
 
@@ -404,15 +404,15 @@ def test_a_capture_in_each_envelope_is_what_is_made_by_hand(kind: Kind, tmp_path
 
 def test_a_config_gets_the_nul_that_xl_and_libvirt_write() -> None:
     for kind in ("xl", "libvirt"):
-        with_nul = output(lambda writer, kind=kind: EnvelopeWriter.open(kind, writer, b"{}\0"))  # type: ignore[misc]  # bound early
-        without = output(lambda writer, kind=kind: EnvelopeWriter.open(kind, writer, b"{}"))  # type: ignore[misc]  # bound early
+        with_nul = output(lambda writer, kind=kind: EnvelopeWriter(kind, writer, b"{}\0"))  # type: ignore[misc]  # bound early
+        without = output(lambda writer, kind=kind: EnvelopeWriter(kind, writer, b"{}"))  # type: ignore[misc]  # bound early
         assert with_nul == without
         assert without.endswith(b"{}\0")
 
 
 def test_an_envelope_whose_stream_fails_gets_no_tail() -> None:
     def write(writer: StreamWriter) -> None:
-        with pytest.raises(KeyError), EnvelopeWriter.open("xapi", writer, XENOPS):
+        with pytest.raises(KeyError), EnvelopeWriter("xapi", writer, XENOPS):
             raise KeyError
 
     assert output(write) == xapi(segment(LIBXC), end=False)

@@ -101,7 +101,7 @@ class Envelope:
             )
         if kind == "xl":
             check_xl_config(config)
-        EnvelopeWriter.open("xl" if kind == "xl" else "libvirt", self._writer, config)
+        EnvelopeWriter("xl" if kind == "xl" else "libvirt", self._writer, config)
 
     def _make_libxl(self, order: ByteOrder) -> None:
         self.made_libxl = True

@@ -2,7 +2,7 @@
 
 ::
 
-    with EnvelopeWriter.open("libvirt", writer, xml):
+    with EnvelopeWriter("libvirt", writer, xml):
         copy_stream(stream, writer)
 
 xend's and xapi's first format hold legacy streams, which nothing here writes, so they are only read.
@@ -24,7 +24,7 @@ Content = Literal["libxl", "libxc"]
 
 
 class EnvelopeWriter:
-    """Writes the envelope ``kind`` to ``writer``: `begin` before the stream, `finish` behind it.
+    """Writes the envelope ``kind`` to ``writer``: its head when it is made, its tail by `finish`.
 
     ``config`` is the domain's config: for ``xl`` JSON, or xl.cfg text with ``json`` false; for ``libvirt``
     domain XML; both get a NUL at their end if they have none, as xl and libvirt write it; for ``xapi`` the
@@ -49,22 +49,7 @@ class EnvelopeWriter:
         self._json = json
         self._content = content or ("libxc" if kind == "xapi" else "libxl")
         self._segments = segments
-
-    @classmethod
-    def open(
-        cls,
-        kind: Kind,
-        writer: StreamWriter,
-        config: bytes,
-        *,
-        json: bool = True,
-        content: Content | None = None,
-        segments: Sequence[envelopes.XapiSegment] = (),
-    ) -> Self:
-        """Return one that has written its head."""
-        made = cls(kind, writer, config, json=json, content=content, segments=segments)
-        made.begin()
-        return made
+        self._begin()
 
     def __enter__(self) -> Self:
         return self
@@ -75,7 +60,7 @@ class EnvelopeWriter:
         if kind is None:
             self.finish()
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Write what comes before the stream."""
         writer = self._writer
         order, writer.order = writer.order, "little"  # the stream's own order is its writer's business
