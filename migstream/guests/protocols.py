@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from migstream.bitmap import PfnBitmap
 from migstream.records import Record
@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["PAGE_SHIFT", "PAGE_SIZE", "RestoreTarget", "RestoredRings", "SaveSource", "TakesRuns"]
+__all__ = [
+    "PAGE_SHIFT",
+    "PAGE_SIZE",
+    "HasEmulator",
+    "RestoreTarget",
+    "RestoredRings",
+    "SaveSource",
+    "Starts",
+    "TakesEmulator",
+    "TakesRuns",
+]
 
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT  # octets; the only page size that x86 streams have
@@ -141,6 +151,30 @@ class RestoreTarget(Protocol):
 
     def clean_dirty_log(self, into: PfnBitmap) -> None:
         """Move the log of the target's own writes into ``into`` and start an empty one (COLO only)."""
+
+
+@runtime_checkable
+class HasEmulator(Protocol):
+    """What a `SaveSource` may offer besides: devices of an emulator, so that its stream is a libxl stream."""
+
+    def emulator_records(self) -> Sequence[Record]:
+        """Return EMULATOR_XENSTORE_DATA and EMULATOR_CONTEXT. The guest is suspended, its pages are sent."""
+
+
+@runtime_checkable
+class TakesEmulator(Protocol):
+    """What a `RestoreTarget` may offer besides: an emulator whose state a libxl stream brings."""
+
+    def take_emulator(self, record: Record) -> None:
+        """Take over one of libxl's records, once its state is complete. Raises `GuestError`."""
+
+
+@runtime_checkable
+class Starts(Protocol):
+    """What a `RestoreTarget` may offer besides: a guest that can run once it is restored."""
+
+    def start(self) -> None:
+        """Let the complete guest run. Raises `GuestError` if it does not."""
 
 
 class TakesRuns(Protocol):
