@@ -1,0 +1,25 @@
+"""The tiers of the test suite: what needs QEMU runs only when it is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+QEMU = Path(__file__).with_name("qemu")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--qemu", action="store_true", help="run the tests in tests/qemu too, on real machines")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "qemu: needs QEMU and the tiny guest; every test in tests/qemu")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if QEMU in item.path.parents:
+            item.add_marker(pytest.mark.qemu)
+            if not config.getoption("--qemu"):
+                item.add_marker(pytest.mark.skip(reason="real QEMU machines: run `make test-qemu`"))
