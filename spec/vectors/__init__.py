@@ -1,0 +1,1 @@
+"""The conformance corpus: small streams with what a reader has to make of them (see README.md here)."""
