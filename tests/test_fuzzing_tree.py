@@ -44,7 +44,7 @@ def test_any_octets_build_to_themselves(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(0, 6))):
         at = data.draw(st.integers(0, len(octets)))
         octets[at : at + data.draw(st.integers(0, 12))] = data.draw(st.binary(max_size=12))
-    assert Tree.parse(octets).build() == octets
+    assert Tree.parse(bytes(octets)).build() == octets
 
 
 def test_nodes_are_named_and_in_order() -> None:
