@@ -1,4 +1,4 @@
-"""Make the corpus in ``data/`` from the cases: ``python -m spec.vectors.make``; ``--check`` looks for stale files.
+"""Make the corpus in ``data/`` from the cases: ``python -m spec.vectors.make``; ``--check`` compares only.
 
 Streams and expectations come from the groups below, which are written by hand. Only the decoded JSON is
 migstream's own work, and was reviewed.
