@@ -72,8 +72,21 @@ def _emulator(record: libxl.EmulatorXenstoreData | libxl.EmulatorContext) -> str
     return f"{name} index={record.index}"
 
 
+def _origin(record: libxc.Origin) -> str:
+    by = _field(record.wire_fields[0], record.hypervisor)
+    try:
+        properties = record.properties
+    except FormatError as exc:
+        return f"{by} malformed: {exc.message}"
+    shown = " ".join(
+        f"{printable(name)}={printable(value)}" for name, value in list(properties.items())[:SHOWN]
+    )
+    return f"{by} vcpus={record.vcpus} ram={record.ram_size >> 20} MiB {shown}".rstrip()
+
+
 _SPECIAL: dict[type[Record], Callable[[Any], str]] = {
     libxc.HvmParams: _hvm_params,
+    libxc.Origin: _origin,
     libxl.EmulatorXenstoreData: _xenstore,
     libxl.EmulatorContext: _emulator_context,
 }

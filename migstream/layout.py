@@ -129,6 +129,7 @@ TABLE: dict[type[Record], Place] = {
         Place(libxc.StaticDataEnd, Phase.STATIC, BOTH, once=True, required=Required.YES),
         Place(libxc.X86CpuidPolicy, Phase.STATIC, BOTH),
         Place(libxc.X86MsrPolicy, Phase.STATIC, BOTH),
+        Place(libxc.Origin, Phase.STATIC, BOTH),
     )
 }
 
@@ -244,11 +245,15 @@ class Layout:
             self._in_state.add((record, vcpu_id))
 
     def missing(self) -> list[Problem]:
-        """Return what the image lacks at its end, or at its first checkpoint."""
+        """Return what the image lacks at its end, or at its first checkpoint.
+
+        A machine that names its origin is no Xen domain: its processors are in its emulator's state.
+        """
+        not_needed = {Required.NO, Required.USUAL} if libxc.Origin in self.seen else {Required.NO}
         return [
             Problem(Kind.MISSING, place.required is Required.YES, f"the image has no {place.record.type}")
             for place in TABLE.values()
-            if place.required is not Required.NO
+            if place.required not in not_needed
             and self.guest in place.guests
             and place.record not in self.seen
             and not (place.record is libxc.StaticDataEnd and self.version < 3)

@@ -232,6 +232,24 @@ GOLDEN: dict[str, tuple[Declaration, bytes, bytes]] = {
         octets("01 00 00 00  05 00 00 00  51 45 56 4d"),
         octets("00 00 00 01  00 00 00 05  51 45 56 4d"),
     ),
+    "ORIGIN": (
+        libxc.Origin(
+            hypervisor=libxc.Hypervisor.QEMU,
+            vcpus=2,
+            ram_size=5 << 30,
+            ram_below_4g=3 << 30,
+            ram_above_base=4 << 30,
+            data=b"machine\0pc\0",
+        ),
+        octets(
+            "01 00 00 00 02 00 00 00 00 00 00 40 01 00 00 00 00 00 00 c0 00 00 00 00 "
+            "00 00 00 00 01 00 00 00 6d 61 63 68 69 6e 65 00 70 63 00"
+        ),
+        octets(
+            "00 00 00 01 00 00 00 02 00 00 00 01 40 00 00 00 00 00 00 00 c0 00 00 00 "
+            "00 00 00 01 00 00 00 00 6d 61 63 68 69 6e 65 00 70 63 00"
+        ),
+    ),
     "libxl CHECKPOINT_END": (libxl.CheckpointEnd(), b"", b""),
     "libxl CHECKPOINT_STATE": (
         libxl.CheckpointState(control_id=libxl.CheckpointStateId.SVM_READY),
@@ -361,7 +379,7 @@ def test_reserved_fields_that_are_zero_are_not_reported(name: str) -> None:
 # Types
 
 
-def test_the_specifications_19_libxc_and_6_libxl_records_are_declared() -> None:
+def test_the_specifications_19_libxc_and_6_libxl_records_are_declared_and_one_of_ours() -> None:
     assert {cls.code: cls.type for cls in record_types("libxc")} == {
         0x00: "END",
         0x01: "PAGE_DATA",
@@ -382,6 +400,7 @@ def test_the_specifications_19_libxc_and_6_libxl_records_are_declared() -> None:
         0x10: "STATIC_DATA_END",
         0x11: "X86_CPUID_POLICY",
         0x12: "X86_MSR_POLICY",
+        0xCD530001: "ORIGIN",
     }
     assert {cls.code: cls.type for cls in record_types("libxl")} == {
         0: "END",

@@ -17,7 +17,8 @@ and the guest lives on from the last complete checkpoint: `Outcome.FAILED_OVER`.
 is an error always, and so is what a callback or the target refuses.
 
 A libxl stream or an xl file around the image is unwrapped. There a checkpoint is complete at libxl's
-CHECKPOINT_END, and a plain stream at libxl's END, after the emulator's state.
+CHECKPOINT_END, and a plain stream at libxl's END, after the emulator's state; a target that is a
+`TakesEmulator` is given that last of all.
 
 The order of checks and callbacks is that of ``xc_domain_restore`` (tools/libs/guest/xg_sr_restore.c);
 ``spec/engines.md`` has it in words, with each deliberate difference and its reason.
@@ -39,7 +40,7 @@ from migstream.engines.restore_records import RecordApplier
 from migstream.engines.restore_report import MISMATCHES_LISTED, LibxlRecords, Outcome, Passes, RestoreResult
 from migstream.engines.restore_spill import CheckpointSpill, SpillError
 from migstream.errors import DeadlineError, FormatError, GuestError, StreamError
-from migstream.guests.protocols import PAGE_SIZE, RestoredRings, RestoreTarget
+from migstream.guests.protocols import PAGE_SIZE, RestoredRings, RestoreTarget, TakesEmulator
 from migstream.io import reader
 from migstream.io.reader import Frame, Layer, Stream
 from migstream.layout import Layout
@@ -193,7 +194,7 @@ class _Restore:
         self.reset_rings = reset_rings
         self.make_spill = make_spill
         self.passes = passes
-        self.libxl = LibxlRecords(libxl_record)
+        self.libxl = LibxlRecords(libxl_record, needed=isinstance(target, TakesEmulator))
         self.result = result
         self._applier: RecordApplier | None = None
         self._spill: CheckpointSpill | None = None  # there from the first checkpoint on
@@ -209,6 +210,7 @@ class _Restore:
                 self.result.failover_reason = str(reason)
                 self._complete_last()
             self.passes.close()
+            self._hand_over()
         finally:
             if self._spill is not None:
                 self._spill.close()
@@ -394,6 +396,14 @@ class _Restore:
         self.result.store_pfn, self.result.console_pfn = rings.store_pfn, rings.console_pfn
         return rings
 
+    def _hand_over(self) -> None:
+        """Give the target what the stream has for its emulator, of the state that counts."""
+        if self._spill is None or self._ended:
+            self.libxl.commit()
+        if isinstance(self.target, TakesEmulator):
+            for record in self.libxl.complete:
+                self.target.take_emulator(record)
+
     def _placed(self, error: StreamError, frame: Frame | None) -> StreamError:
         """Give an error that has no place that of ``frame``, or of the end of the input."""
         if error.offset is not None:
@@ -424,6 +434,4 @@ class _Restore:
         result.verify_mismatches = next(
             applier.memory.differing.batches(MISMATCHES_LISTED), result.verify_mismatches
         )
-        if self._spill is None or self._ended:
-            self.libxl.commit()
         result.libxl_records = self.libxl.complete

@@ -74,6 +74,7 @@ LENGTH_RULES: dict[type[Record], LengthRule] = {
     libxc.X86PvVcpuXsave: _VCPU_HEAD,
     libxc.X86PvVcpuMsrs: _VCPU_HEAD,
     libxc.SharedInfo: _exactly(4096),
+    libxc.Origin: LengthRule(minimum=libxc.Origin.head_size),
 }
 
 #: The same for the state within a VCPU record; BASIC's depends on the guest's word size.

@@ -210,6 +210,7 @@ _HANDLERS: dict[type[Record], Callable[[RecordApplier, Frame], None]] = {
     libxc.Verify: RecordApplier._verify,
     libxc.X86CpuidPolicy: RecordApplier._policy,
     libxc.X86MsrPolicy: RecordApplier._policy,
+    libxc.Origin: RecordApplier._state,
     libxc.X86TscInfo: RecordApplier._state,
     libxc.SharedInfo: RecordApplier._state,
     libxc.HvmContext: RecordApplier._context,

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from migstream.engines.common import Missing
 from migstream.engines.progress import PassKind, PassReport, PassStart, Progress
+from migstream.engines.restore_checks import refusal
 from migstream.engines.restore_pages import Batch
 from migstream.io.reader import Frame
 from migstream.records import Record, libxl
@@ -21,6 +22,7 @@ __all__ = ["MISMATCHES_LISTED", "LibxlRecords", "Outcome", "Passes", "RestoreRes
 MISMATCHES_LISTED = 1 << 16  # differing PFNs that a result lists; all are counted
 KEPT_RECORD = 1 << 20  # octets of the largest libxl record that is kept
 KEPT_TOTAL = 16 << 20  # octets of all of them
+TAKEN_TOTAL = 128 << 20  # octets of those that a target takes over: what its emulator has to have
 
 
 class Outcome(Enum):
@@ -58,24 +60,32 @@ class RestoreResult:
 class LibxlRecords:
     """libxl's records around the image: shown to the caller, and kept where they are small.
 
-    ``complete`` are those of the last complete state, ``_pending`` of the one that is coming in.
+    ``complete`` are those of the last complete state, ``_pending`` of the one that is coming in. ``needed``:
+    a target takes them over, so that none may be left out.
     """
 
-    def __init__(self, show: Callable[[Frame], None] | None) -> None:
+    def __init__(self, show: Callable[[Frame], None] | None, *, needed: bool = False) -> None:
         self.complete: list[Record] = []
         self._pending: list[Record] = []
         self._octets = 0
         self._show = show
+        self._needed = needed
 
     def take(self, frame: Frame) -> None:
-        """Take one record."""
+        """Take one record. Raises `FormatError` for one that is needed and would be too much to hold."""
         if self._show is not None:
             self._show(frame)
         keeps = frame.record_class in (libxl.EmulatorContext, libxl.EmulatorXenstoreData)
         untouched = frame.left == frame.length
-        if keeps and untouched and frame.length <= min(KEPT_RECORD, KEPT_TOTAL - self._octets):
+        if not (keeps and untouched):
+            return
+        room = (TAKEN_TOTAL if self._needed else KEPT_TOTAL) - self._octets
+        if frame.length <= (room if self._needed else min(KEPT_RECORD, room)):
             self._octets += frame.length
             self._pending.append(frame.record())
+        elif self._needed:
+            message = f"an emulator's state of more than {TAKEN_TOTAL} octets is not taken over"
+            raise refusal(frame, message, field="length", at=-4)
 
     def commit(self) -> None:
         """Let what came with a state replace what was there: the state is complete."""

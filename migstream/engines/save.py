@@ -160,9 +160,12 @@ def owning(source: SaveSource) -> Iterator[None]:
     ran_before = not source.suspended
     try:
         yield
-    except BaseException:
-        if ran_before and source.suspended:
-            source.resume()
+    except BaseException as failure:
+        try:
+            if ran_before and source.suspended:
+                source.resume()
+        except MigstreamError as exc:  # a guest that is gone is not what went wrong first
+            failure.add_note(f"the guest could not be resumed: {exc}")
         raise
 
 
@@ -226,8 +229,12 @@ class _Save:
 
     def _give_back(self, failure: BaseException) -> None:
         """Let the guest run on here: its stream is not complete, so nobody else can own it."""
-        if self._ours_to_resume and self.source.suspended:
-            self._harmless(self.source.resume, "the guest could not be resumed", failure)
+        if self._ours_to_resume:
+            self._harmless(self._resume_if_suspended, "the guest could not be resumed", failure)
+
+    def _resume_if_suspended(self) -> None:
+        if self.source.suspended:
+            self.source.resume()
 
     def _harmless(self, action: Callable[[], None], trouble: str, failure: BaseException | None) -> None:
         try:

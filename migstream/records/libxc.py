@@ -1,11 +1,12 @@
-"""The libxc domain image: two headers and 19 record types.
+"""The libxc domain image: two headers and 19 record types of Xen's, and one of our own.
 
 Source: Xen's docs/specs/libxc-migration-stream.pandoc, revision 3; the section of each record has
-the record's name.
+the record's name. ORIGIN is ours: optional, so that Xen and every other reader passes over it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ from migstream.records.array import Array
 from migstream.records.fields import COUNTED, ByteOrder, array, octets, reserved, u8, u16, u32, u64
 from migstream.records.hvm_params import HvmParam
 from migstream.records.page_data import PageData
+from migstream.records.pairs import pack_pairs, parse_pairs
 from migstream.records.schema import Declaration, Record
 
 __all__ = [
@@ -28,9 +30,11 @@ __all__ = [
     "HvmContext",
     "HvmParamEntry",
     "HvmParams",
+    "Hypervisor",
     "ImageHeader",
     "LibxcRecord",
     "MsrEntry",
+    "Origin",
     "PageData",
     "RecordHeader",
     "SharedInfo",
@@ -248,3 +252,35 @@ class X86MsrPolicy(LibxcRecord, code=0x12, type="X86_MSR_POLICY"):
     """What the guest may see of model specific registers (XEN_DOMCTL_get_cpu_policy)."""
 
     msrs: Array[MsrEntry] = array(MsrEntry, "the registers")
+
+
+class Hypervisor(IntEnum):
+    """What ran the machine that an image was taken of."""
+
+    UNKNOWN = 0
+    QEMU = 1
+
+
+class Origin(LibxcRecord, code=0xCD53_0001, type="ORIGIN"):
+    """Where an image comes from that Xen did not make. Ours, optional: other readers pass over it.
+
+    The memory of an x86 machine of this kind is one piece, of which ``ram_below_4g`` octets lie at address
+    0 and the rest, if any, at ``ram_above_base``.
+    """
+
+    hypervisor: int = u32("what ran the machine", names=Hypervisor)
+    vcpus: int = u32("number of virtual processors")
+    ram_size: int = u64("memory of the machine", unit="octets")
+    ram_below_4g: int = u64("memory from guest-physical address 0", unit="octets")
+    ram_above_base: int = u64("guest-physical address of the rest; 0: there is none", default=0)
+    data: bytes = octets("names and values in turn, each ended by NUL: version, machine, accelerator, ...")
+
+    @property
+    def properties(self) -> dict[str, str]:
+        """The names and values. Raises `FormatError` where the data are no pairs of strings."""
+        return dict(parse_pairs(self.data, what="origin", offset=self.head_size))
+
+    @staticmethod
+    def pack(properties: Iterable[tuple[str, str]]) -> bytes:
+        """Return ``properties`` in the form of `data`."""
+        return pack_pairs(properties, what="origin")

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import IntEnum
 
-from migstream.errors import FormatError
 from migstream.records.fields import ByteOrder, octets, u32, u64
+from migstream.records.pairs import pack_pairs, parse_pairs
 from migstream.records.schema import Declaration, Record
-from migstream.text import decode
 
 __all__ = [
     "BIG_ENDIAN",
@@ -92,30 +91,12 @@ class EmulatorXenstoreData(LibxlRecord, code=0x02, type="EMULATOR_XENSTORE_DATA"
 
         Raises `FormatError` where the data do not end with NUL, or a key has no value.
         """
-        if not self.data:
-            return []
-        if self.data[-1]:
-            raise FormatError(
-                "the last xenstore string has no NUL at its end",
-                offset=self.head_size + len(self.data),
-                field="data",
-            )
-        strings = self.data[:-1].split(b"\0")
-        if len(strings) % 2:
-            raise FormatError(
-                f"{len(strings)} xenstore strings do not make pairs of key and value",
-                offset=self.head_size,
-                field="data",
-            )
-        return [(decode(k), decode(v)) for k, v in zip(strings[::2], strings[1::2], strict=True)]
+        return parse_pairs(self.data, what="xenstore", offset=self.head_size)
 
     @staticmethod
     def pack(pairs: Iterable[tuple[str, str]]) -> bytes:
         """Return ``pairs`` in the form of `data`."""
-        strings = [text.encode("utf-8", "surrogateescape") for pair in pairs for text in pair]
-        if any(b"\0" in text for text in strings):
-            raise ValueError("a xenstore key or value cannot hold a NUL")
-        return b"".join(text + b"\0" for text in strings)
+        return pack_pairs(pairs, what="xenstore")
 
 
 class EmulatorContext(LibxlRecord, code=0x03, type="EMULATOR_CONTEXT"):

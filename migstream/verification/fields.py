@@ -141,6 +141,13 @@ def _policy(record: libxc.X86CpuidPolicy | libxc.X86MsrPolicy, _: int | None) ->
                 yield "reserved-field", f"flags of MSR {entry.idx:#x} are {entry.flags:#x}, not zero"
 
 
+def _origin(record: libxc.Origin, _: int | None) -> Iterator[Complaint]:
+    try:
+        _ = record.properties
+    except FormatError as exc:
+        yield "body-malformed", exc.message
+
+
 def _xenstore(record: libxl.EmulatorXenstoreData, _: int | None) -> Iterator[Complaint]:
     yield from _emulator(record)
     try:
@@ -186,6 +193,7 @@ _CHECKS: dict[type[Record], Callable[[Any, int | None], Iterator[Complaint]]] = 
     libxc.HvmParams: _hvm_params,
     libxc.X86CpuidPolicy: _policy,
     libxc.X86MsrPolicy: _policy,
+    libxc.Origin: _origin,
     libxl.EmulatorXenstoreData: _xenstore,
     libxl.EmulatorContext: _emulator_context,
     libxl.CheckpointState: _checkpoint_state,
