@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 
 from migstream.fuzzing.mutations import MUTATIONS, Editing
 from migstream.fuzzing.tree import Node, Tree
@@ -16,9 +15,9 @@ __all__ = ["MAX_LENGTH", "Mutation", "mutate"]
 MAX_LENGTH = 1 << 20  # octets of a mutated stream; what is longer is cut
 TREES_KEPT = 256  # streams of the corpus whose trees are kept from one mutation to the next
 TRIES = 8  # mutations looked at until one applies
-STEPS = (1, 1, 1, 2, 2, 3, 4, 6)  # how many mutations a stream gets: mostly few, so that it stays deep
+STEPS = (1, 1, 1, 1, 2, 2, 3, 5)  # how many mutations a stream gets: mostly few, so that it stays deep
 
-_CUMULATED = tuple(accumulate(mutation.weight for mutation in MUTATIONS))
+_DRAWN_FROM = [mutation for mutation in MUTATIONS for _ in range(mutation.weight)]
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def mutate(
 ) -> Mutation:
     """Return mutation ``number`` of the corpus: a pure function of its arguments.
 
-    One stream of the corpus is taken apart and given one to six mutations of the table (`MUTATIONS`).
+    One stream of the corpus is taken apart and given one to five mutations of the table (`MUTATIONS`).
     ``max_length`` is in octets. Raises `ValueError` for an empty corpus.
     """
     if not corpus:
@@ -46,7 +45,7 @@ def mutate(
     steps = [f"corpus stream {first}, {len(corpus[first])} octets"]
     for _ in range(chance.choice(STEPS)):
         for _ in range(TRIES):
-            (mutation,) = chance.choices(MUTATIONS, cum_weights=_CUMULATED)
+            mutation = chance.choice(_DRAWN_FROM)
             step = mutation.apply(editing)
             if step is not None:
                 steps.append(f"{mutation.name}: {step}")

@@ -28,6 +28,7 @@ from migstream.records import (
     record_name,
     xl,
 )
+from migstream.records.fields import ORDER_CHAR
 
 __all__ = ["Header", "Node", "Raw", "Record", "Tree"]
 
@@ -38,7 +39,15 @@ _MEASURED_BY: dict[type[Declaration], str] = {
     envelopes.XendHeader: "config_len",
 }
 _ALWAYS_BIG = (libxc.ImageHeader, libxl.LibxlHeader)  # whatever the byte order of what follows them
-_HEAD: dict[str, type[Declaration]] = {"xapi": envelopes.SegmentHeader}  # of a record, by layer
+_HEADS = {
+    (layer, order): declared.struct(order)
+    for layer, declared in (
+        ("libxc", libxc.RecordHeader),
+        ("libxl", libxc.RecordHeader),
+        ("xapi", envelopes.SegmentHeader),
+    )
+    for order in ORDER_CHAR
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +117,7 @@ class Record:
 
     def build(self) -> bytes:
         """Return the octets."""
-        head = _HEAD.get(self.layer, libxc.RecordHeader).struct(self.order).pack(self.code, self.length)
-        return head + self.body + self.padding
+        return _HEADS[self.layer, self.order].pack(self.code, self.length) + self.body + self.padding
 
 
 @dataclass(frozen=True, slots=True)

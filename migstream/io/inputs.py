@@ -235,8 +235,9 @@ class MemoryInput(Input):
         self.size = len(self._view)
 
     def read(self, length: int) -> bytes:
-        piece = self.peek(length)
-        self.position += len(piece)
+        start = self.position
+        piece = bytes(self._view[start : start + length])
+        self.position = start + len(piece)
         return piece
 
     def peek(self, length: int) -> bytes:

@@ -65,6 +65,7 @@ class Declaration:
     payload: ClassVar[str] = ""
 
     _head: ClassVar[tuple[WireField, ...]]
+    _head_names: ClassVar[tuple[str, ...]]
     _tail: ClassVar[WireField | None]
     _structs: ClassVar[dict[ByteOrder, struct.Struct]]
 
@@ -140,12 +141,11 @@ class Declaration:
         """
         if len(buf) < cls.head_size:
             raise _too_short(cls, len(buf))
-        values: dict[str, Any] = dict(
-            zip((w.name for w in cls._head), cls._structs[order].unpack_from(buf), strict=True)
-        )
-        rest = memoryview(buf)[cls.head_size :]
-        if cls._tail is not None:
-            wire = cls._tail
+        values: dict[str, Any] = dict(zip(cls._head_names, cls._structs[order].unpack_from(buf), strict=True))
+        wire = cls._tail
+        # Nothing behind the head, as in most records: spare the view.
+        rest = memoryview(buf)[cls.head_size :] if wire is not None or len(buf) > cls.head_size else b""
+        if wire is not None:
             length = _tail_length(cls, wire, values, len(rest))
             content = rest[:length]
             values[wire.name] = (
@@ -226,6 +226,7 @@ def _compile(cls: type[Declaration]) -> None:
     codes = "".join(INT_CHAR[w.size] if w.kind == "int" else f"{w.size}s" for w in head)
     cls.wire_fields = wires
     cls._head = head
+    cls._head_names = tuple(w.name for w in head)
     cls._tail = wires[-1] if variable else None
     cls._structs = {order: struct.Struct(char + codes) for order, char in ORDER_CHAR.items()}
     cls.head_size = cls._structs["little"].size

@@ -31,6 +31,10 @@ class Editing:
         found = self.places(suits)
         return self.chance.choice(found) if found else None
 
+    def anywhere(self) -> int | None:
+        """Return the place of one node, ``None`` if there is none."""
+        return self.chance.randrange(len(self.nodes)) if self.nodes else None
+
     def record(self, layer: str, code: int) -> tuple[int, Record] | None:
         """Return the place of one record of this type, and the record."""
         found = [

@@ -66,7 +66,7 @@ def byte_order(editing: Editing) -> str | None:
 
 def cut(editing: Editing) -> str | None:
     """End the stream within a node, or behind it."""
-    at = editing.pick(lambda node: True)
+    at = editing.anywhere()
     if at is None:
         return None
     octets = editing.nodes[at].build()
@@ -78,7 +78,7 @@ def cut(editing: Editing) -> str | None:
 
 def noise(editing: Editing) -> str | None:
     """Damage the octets of a node, its header included."""
-    at = editing.pick(lambda node: True)
+    at = editing.anywhere()
     if at is None:
         return None
     name = editing.name(at)

@@ -13,10 +13,6 @@ __all__ = ["drop", "duplicate", "foreign", "made", "move", "retype", "swap", "un
 UNKNOWN = (0x13, 0x14, 0x7F, 0xFFFF, 0x7FFF_FFFF)  # types that no specification has
 
 
-def _any(node: Node) -> bool:
-    return True
-
-
 def _is_record(node: Node) -> bool:
     return isinstance(node, Record)
 
@@ -28,7 +24,7 @@ def _codes(layer: str) -> tuple[int, ...]:
 
 def drop(editing: Editing) -> str | None:
     """Take a node out."""
-    at = editing.pick(_any)
+    at = editing.anywhere()
     if at is None:
         return None
     step = f"{editing.name(at)}: dropped"
@@ -38,7 +34,7 @@ def drop(editing: Editing) -> str | None:
 
 def duplicate(editing: Editing) -> str | None:
     """Let a node occur again, at once or later."""
-    at = editing.pick(_any)
+    at = editing.anywhere()
     if at is None:
         return None
     to = at + 1 if editing.chance.randrange(2) else editing.chance.randrange(len(editing.nodes) + 1)
@@ -48,7 +44,7 @@ def duplicate(editing: Editing) -> str | None:
 
 def move(editing: Editing) -> str | None:
     """Put a node somewhere else."""
-    at = editing.pick(_any)
+    at = editing.anywhere()
     if at is None:
         return None
     node = editing.nodes.pop(at)
