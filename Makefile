@@ -4,12 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help demo test test-qemu test-xen lint format spec bench bench-quick fuzz clean
+.PHONY: help demo test test-qemu test-kvm test-xen lint format spec bench bench-quick fuzz clean
 
 help:
 	@echo "make demo         a look at a real stream and a live migration; leaves files in build/demo"
 	@echo "make test         the test suite"
 	@echo "make test-qemu    real QEMU machines, migrated (Debian; as root it installs QEMU, gcc and busybox: minutes)"
+	@echo "make test-kvm     a guest of KVM, migrated; where there is no /dev/kvm, in an emulated machine that has it"
 	@echo "make test-xen     real xl restore, under emulation, on streams that we wrote (by hand: 10 minutes, root, Debian)"
 	@echo "make lint         ruff check, ruff format --check, mypy --strict"
 	@echo "make bench        the ratios of the README, on streams that it makes (needs 14 GB of disk, 16 GB of memory)"
@@ -39,6 +40,9 @@ test: $(READY)
 test-qemu: $(READY)
 	$(BIN)/python -m tests.qemu.image
 	$(BIN)/python -m pytest -q tests/qemu --qemu
+
+test-kvm: $(READY)
+	$(BIN)/python -m tests.kvm
 
 test-xen: $(READY)
 	$(BIN)/python -m tests.xen
