@@ -21,6 +21,9 @@ DATA = Path(__file__).parent / "data"
 GROUPS = {
     "rules": "each rule of verify, broken by one stream",
     "sound": "streams by the specification",
+    "layout": "which record may stand where",
+    "hvm": "HVM images: headers, bodies and pages at their boundaries",
+    "paravirtual": "PV images: what holds a PV guest together, and its records at their boundaries",
 }
 
 LINE = 100  # characters

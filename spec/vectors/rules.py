@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 from spec.vectors.case import Case, case
+from spec.vectors.errata import ERRATA
 from spec.vectors.words import (
     CHECKPOINT_COMPLETE,
     CONTEXT,
@@ -599,7 +600,7 @@ _BODIES = [
         "vcpu-empty",
         "accept",
         guest="pv",
-        reference="libxc erratum 1: X86_PV_VCPU_XSAVE",
+        reference=ERRATA["empty VCPU_XSAVE"],
     ),
     case(
         "hvm-params-empty",
@@ -608,7 +609,7 @@ _BODIES = [
         "sound",
         "hvm-params-empty",
         "accept",
-        reference="libxc erratum 1: HVM_PARAMS",
+        reference=ERRATA["empty HVM_PARAMS"],
     ),
     case(
         "hvm-param-unknown",
@@ -679,7 +680,7 @@ _LAYOUT = [
         "sound",
         "layout-order-tolerated",
         "accept",
-        reference="Xen writes HVM_PARAMS behind HVM_CONTEXT, against libxc, x86 HVM Guest",
+        reference=ERRATA["params behind context"],
     ),
     case(
         "layout-repeated",
@@ -705,6 +706,7 @@ _LAYOUT = [
         "sound",
         "layout-static-late",
         "accept",
+        reference=ERRATA["late policies"],
     ),
     case(
         "layout-missing",
