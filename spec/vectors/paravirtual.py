@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 from spec.vectors.case import Case, case
 from spec.vectors.errata import ERRATA
@@ -71,24 +72,21 @@ def with_state(*records: bytes) -> bytes:
     return pv(PV.static(), PV.p2m_frames(), PV.memory(), *records, ENDED)
 
 
+#: What refers to a PFN: part of the case's name, the guest that refers to ``pfn``, in words.
+_REFERRED: tuple[tuple[str, Callable[[int], PvGuest], str], ...] = (
+    ("start-info", lambda pfn: PvGuest(start_info=pfn), "vCPU 0's edx, the start info page"),
+    ("store", lambda pfn: PvGuest(store=pfn), "the xenstore ring in the start info page"),
+    ("console", lambda pfn: PvGuest(console=pfn), "the console ring in the start info page"),
+    ("gdt", lambda pfn: PvGuest(gdt_frame=pfn), "the GDT's first frame"),
+    ("cr3", lambda pfn: PvGuest(cr3=pfn), "cr3, the top page table"),
+    ("cr1", lambda pfn: PvGuest(cr1=pfn), "cr1, the user's top page table"),
+    ("p2m-frame", lambda pfn: PvGuest(p2m=(4, pfn)), "a frame of the guest's own list of frames"),
+)
+
 _REFERENCES = [
     *[
-        refused(f"{part}-{slug}", f"{words}: {where}", PvGuest(**{field: pfn}).image())
-        for part, field, words in (
-            ("start-info", "start_info", "vCPU 0's edx, the start info page"),
-            ("store", "store", "the xenstore ring in the start info page"),
-            ("console", "console", "the console ring in the start info page"),
-            ("gdt", "gdt_frame", "the GDT's first frame"),
-            ("cr3", "cr3", "cr3, the top page table"),
-            ("cr1", "cr1", "cr1, the user's top page table"),
-        )
-        for slug, where, pfn in (
-            ("out-of-range", "above the last PFN", OUT_OF_RANGE),
-            ("unpopulated", "a PFN without memory", UNPOPULATED),
-        )
-    ],
-    *[
-        refused(f"p2m-frame-{slug}", f"a frame of the guest's list: {where}", PvGuest(p2m=(4, pfn)).image())
+        refused(f"{part}-{slug}", f"{words}: {where}", of(pfn).image())
+        for part, of, words in _REFERRED
         for slug, where, pfn in (
             ("out-of-range", "above the last PFN", OUT_OF_RANGE),
             ("unpopulated", "a PFN without memory", UNPOPULATED),
@@ -192,8 +190,15 @@ _INFO = [
             "pv-info",
             told=False,
         )
-        for width, levels in ((4, 4), (5, 3), (0, 0), (8, 5))
+        for width, levels in ((5, 3), (0, 0), (8, 5))
     ],
+    refused(
+        "pv-info-4-4",
+        "X86_PV_INFO of a 32-bit guest with 4 levels; what follows is a 64-bit guest's, and does not fit",
+        with_info(pv_info(4, 4)),
+        "pv-info p2m-length vcpu-context-size",
+        told=False,
+    ),
 ]
 
 _P2M = [
@@ -301,6 +306,12 @@ _VCPUS = [
         "vcpu-context-size",
     ),
     refused(
+        "basic-no-head",
+        "X86_PV_VCPU_BASIC of 7 octets",
+        with_state(TSC, record(SHARED_INFO, bytes(4096)), record(VCPU_BASIC, bytes(7))),
+        "body-malformed",
+    ),
+    refused(
         "xsave-15", "X86_PV_VCPU_XSAVE of 15 octets", in_pv(vcpu(VCPU_XSAVE, bytes(15))), "vcpu-context-size"
     ),
     refused(
@@ -314,7 +325,6 @@ _VCPUS = [
             "body-malformed",
         )
         for name, code in (
-            ("basic", VCPU_BASIC),
             ("extended", VCPU_EXTENDED),
             ("xsave", VCPU_XSAVE),
             ("msrs", VCPU_MSRS),
