@@ -24,6 +24,8 @@ GROUPS = {
     "layout": "which record may stand where",
     "hvm": "HVM images: headers, bodies and pages at their boundaries",
     "paravirtual": "PV images: what holds a PV guest together, and its records at their boundaries",
+    "truncated": "streams that end too early, one at each kind of place",
+    "checkpoints": "Remus and COLO, bare and in libxl",
 }
 
 LINE = 100  # characters
