@@ -21,6 +21,7 @@ MODULES = {
     "elf": "migstream.guests.kind_elf",
     "core": "migstream.guests.kind_core",
     "lime": "migstream.guests.kind_lime",
+    "process": "migstream.guests.kind_process",
 }
 
 

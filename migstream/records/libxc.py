@@ -259,6 +259,7 @@ class Hypervisor(IntEnum):
 
     UNKNOWN = 0
     QEMU = 1
+    PROCESS = 2  # none: a process's memory, its pages numbered by address without gaps
 
 
 class Origin(LibxcRecord, code=0xCD53_0001, type="ORIGIN"):

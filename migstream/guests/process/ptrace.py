@@ -120,7 +120,7 @@ class Tracee:
         self._ptrace(INTERRUPT)
 
     def wait_halted(self, deadline: float) -> None:
-        """Wait until the thread is halted. Raises `NotStoppedError` at ``deadline`` (monotonic), `EndedError`."""
+        """Wait until the thread is halted, or raise `NotStoppedError` at the monotonic time ``deadline``."""
         pause_s = 0.0001
         while True:
             tid, status = self._waitpid(os.WNOHANG)

@@ -118,7 +118,7 @@ def track(
 
 
 def _open_userfaultfd(pid: int, tracer: Tracer | None) -> tuple[int, str]:
-    """Return a userfaultfd of the process's memory, and how it came. Raises `UnsupportedError` and `RefusedError`."""
+    """Return a userfaultfd of the process's memory, and how it came, or raise what says why there is none."""
     _probe()
     if pid == os.getpid():
         return syscalls.userfaultfd(), "it is this process itself"

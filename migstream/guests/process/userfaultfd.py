@@ -37,7 +37,7 @@ class UnsupportedError(Exception):
 
 
 def enable(fd: int) -> None:
-    """Ask for asynchronous write protection, once for each descriptor. Raises `UnsupportedError` before 6.7."""
+    """Ask for asynchronous protection, once for a descriptor. Raises `UnsupportedError` before Linux 6.7."""
     request = bytearray(struct.pack("=3Q", API, sum(FEATURES.values()), 0))
     try:
         fcntl.ioctl(fd, UFFDIO_API, request)
