@@ -19,7 +19,9 @@ COMMANDS = {
     "diff": "Compare two streams or images: headers, records and their fields, then pages by PFN.",
     "save": "Save GUEST as a libxc stream to OUT: a file, '-' for standard output, or fd:N.",
     "restore": "Restore the stream IN (a file, '-' for standard input, or fd:N) into GUEST.",
-    "migrate": "Migrate SRC to DST, two guests such as model:64M or raw:FILE, live unless told otherwise.",
+    "migrate": "Migrate SRC to DST: another guest, or 'migstream receive' at HOST:PORT or unix:PATH.",
+    "receive": "Receive one migration at PORT, HOST:PORT or unix:PATH into GUEST.",
+    "fuzz": "Run a program on mutated streams, and keep what crashes, hangs or disagrees.",
     "demo": "Live-migrate a busy machine through a pipe, and compare both page by page.",
 }
 

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 from migstream.cli.common import open_output, reporting_errors
-from migstream.cli.save_options import guest_and_policy_help, guest_type_option, save_callbacks, save_options
+from migstream.cli.save_options import SaveSettings, guest_and_policy_help, save_options
 from migstream.engines.common import StreamType
-from migstream.engines.policies import PrecopyPolicy
 from migstream.engines.progress import show
 from migstream.errors import MigstreamError, StreamError
 from migstream.text import printable
@@ -38,7 +37,6 @@ Examples:
 @click.argument("out", metavar="OUT")
 @click.option("--live", is_flag=True, help="Send memory while the guest runs; remus and colo always do.")
 @save_options
-@guest_type_option
 @click.option("--back-channel", type=click.IntRange(min=0), metavar="FD", help="COLO's back channel.")
 @click.option(
     "--xen-back-channel",
@@ -46,19 +44,10 @@ Examples:
     help="The secondary is Xen's own restore, whose dirty lists have 8 octets more than specified.",
 )
 def command(
+    settings: SaveSettings,
     guest: str,
     out: str,
     live: bool,
-    stream_type: StreamType,
-    policy: PrecopyPolicy | None,
-    checkpoints: int | None,
-    interval_ms: int,
-    bandwidth_limit: float | None,
-    batch_size: int,
-    timeout_s: float | None,
-    debug: bool,
-    as_json: bool,
-    guest_type: str,
     back_channel: int | None,
     xen_back_channel: bool,
 ) -> None:
@@ -70,37 +59,31 @@ def command(
 
     Exit code: 0 saved, 1 not, 2 wrong usage.
     """
+    stream_type = settings.stream_type
     if stream_type is StreamType.COLO and back_channel is None:
         raise click.UsageError(
             "--type colo needs --back-channel FD, where the secondary's dirty lists come in"
         )
-    if stream_type.checkpointed and checkpoints is None and _is_file(out):
+    if stream_type.checkpointed and settings.checkpoints is None and _is_file(out):
         raise click.UsageError(f"--type {stream_type.value} into a file needs --checkpoints N")
+    as_json = settings.as_json
     tells = sys.stderr if out == "-" or not as_json else sys.stdout
     with reporting_errors(guest), telling_failure(tells if as_json else None):
-        from migstream.engines.save import owning, save
-        from migstream.guests.registry import open_source
-        from migstream.records.libxc import GuestType
+        from migstream.engines.save import owning
 
         with (
-            open_source(guest, GuestType[guest_type.upper()]) as source,
+            settings.open_source(guest) as source,
             owning(source),
             open_output(out, durable=True) as fd,
             show(tells, as_json=as_json) as progress,
         ):
-            result = save(
+            result = settings.save(
                 source,
                 fd,
                 live=live,
-                stream_type=stream_type,
-                callbacks=save_callbacks(stream_type, policy, checkpoints, interval_ms),
+                progress=progress,
                 recv_fd=back_channel,
                 xen_back_channel=xen_back_channel,
-                debug=debug,
-                batch_size=batch_size,
-                bandwidth_limit=bandwidth_limit,
-                timeout_s=timeout_s,
-                progress=progress,
             )
         if as_json:
             end = {"event": "result", "result": "saved", **result.to_json(), "error": None}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import click
 
@@ -15,11 +18,12 @@ from migstream.engines.policies import POLICIES, PrecopyPolicy, parse_policies
 from migstream.guests.registry import describe
 
 if TYPE_CHECKING:
-    from migstream.engines.save import SaveCallbacks
+    from migstream.engines.progress import Progress
+    from migstream.engines.save import SaveCallbacks, SaveResult
+    from migstream.guests.protocols import SaveSource
+    from migstream.records.libxc import GuestType
 
-__all__ = ["guest_and_policy_help", "guest_type_option", "save_callbacks", "save_options"]
-
-F = TypeVar("F", bound=Callable[..., Any])
+__all__ = ["SaveSettings", "guest_and_policy_help", "save_options"]
 
 DEFAULT_INTERVAL_MS = 200  # between checkpoints, as xl remus has it
 
@@ -57,6 +61,82 @@ def guest_and_policy_help() -> str:
         f"\b\nGuests:\n{describe()}\n\n"
         "\b\nPolicies (of several, the first that decides counts):\n" + "\n".join(lines)
     )
+
+
+def _guest_type(ctx: click.Context, param: click.Parameter, value: str) -> GuestType:
+    from migstream.records.libxc import GuestType
+
+    return GuestType[value.upper()]
+
+
+@dataclass(frozen=True)
+class SaveSettings:
+    """What the options of a save say; each field has its option's name."""
+
+    stream_type: StreamType
+    policy: PrecopyPolicy | None
+    checkpoints: int | None
+    interval_ms: int
+    bandwidth_limit: float | None
+    batch_size: int
+    timeout_s: float | None
+    debug: bool
+    as_json: bool
+    guest_type: GuestType
+
+    def open_source(self, name: str) -> AbstractContextManager[SaveSource]:
+        """Return the guest called ``name``, to save from."""
+        from migstream.guests.registry import open_source
+
+        return open_source(name, self.guest_type)
+
+    def save(
+        self,
+        source: SaveSource,
+        fd: int,
+        *,
+        live: bool,
+        progress: Progress,
+        suspend: Callable[[], int] | None = None,
+        recv_fd: int | None = None,
+        xen_back_channel: bool = False,
+    ) -> SaveResult:
+        """Save ``source`` to ``fd``; the keywords are those of `engines.save.save`."""
+        from migstream.engines.machine import save_machine
+
+        return save_machine(
+            source,
+            fd,
+            live=live,
+            stream_type=self.stream_type,
+            callbacks=self._callbacks(suspend),
+            recv_fd=recv_fd,
+            xen_back_channel=xen_back_channel,
+            debug=self.debug,
+            batch_size=self.batch_size,
+            bandwidth_limit=self.bandwidth_limit,
+            timeout_s=self.timeout_s,
+            progress=progress,
+        )
+
+    def _callbacks(self, suspend: Callable[[], int] | None) -> SaveCallbacks:
+        """Return callbacks that wait for the interval between checkpoints and end behind ``checkpoints``."""
+        from migstream.engines.save import SaveCallbacks
+
+        left = itertools.count() if self.checkpoints is None else iter(range(self.checkpoints - 1))
+
+        def next_checkpoint() -> int:
+            if next(left, None) is None:
+                return 0
+            time.sleep(self.interval_ms / 1000)
+            return 1
+
+        return SaveCallbacks(
+            suspend=suspend,
+            precopy_policy=self.policy,
+            checkpoint=(lambda: 1) if self.stream_type is StreamType.COLO else next_checkpoint,
+            wait_checkpoint=next_checkpoint,
+        )
 
 
 _OPTIONS = (
@@ -116,40 +196,30 @@ _OPTIONS = (
     ),
     click.option("--debug", is_flag=True, help="Send all memory twice, for the receiver to compare."),
     click.option("--json", "as_json", is_flag=True, help="One JSON object a pass, the last with the result."),
+    click.option(
+        "--guest-type",
+        type=click.Choice(["hvm", "pv"]),
+        default="hvm",
+        show_default=True,
+        callback=_guest_type,
+        help="What the guest is, where its kind does not say.",
+    ),
 )
 
-guest_type_option = click.option(
-    "--guest-type",
-    type=click.Choice(["hvm", "pv"]),
-    default="hvm",
-    show_default=True,
-    help="What the guest is, where its kind does not say.",
-)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def save_options(command: F) -> F:
-    """Add the options of a save."""
+def save_options(command: Callable[Concatenate[SaveSettings, P], R]) -> Callable[P, R]:
+    """Add the options of a save; ``command`` is given them together, as its first argument."""
+    names = [field.name for field in fields(SaveSettings)]
+
+    @functools.wraps(command)
+    def with_settings(*args: P.args, **options: P.kwargs) -> R:
+        given: dict[str, Any] = {name: options.pop(name) for name in names}
+        return command(SaveSettings(**given), *args, **options)
+
+    wrapped: Callable[P, R] = with_settings
     for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
-
-
-def save_callbacks(
-    stream_type: StreamType, policy: PrecopyPolicy | None, checkpoints: int | None, interval_ms: int
-) -> SaveCallbacks:
-    """Return callbacks that wait for the interval between checkpoints and end behind ``checkpoints``."""
-    from migstream.engines.save import SaveCallbacks
-
-    left = itertools.count() if checkpoints is None else iter(range(checkpoints - 1))
-
-    def next_checkpoint() -> int:
-        if next(left, None) is None:
-            return 0
-        time.sleep(interval_ms / 1000)
-        return 1
-
-    return SaveCallbacks(
-        precopy_policy=policy,
-        checkpoint=(lambda: 1) if stream_type is StreamType.COLO else next_checkpoint,
-        wait_checkpoint=next_checkpoint,
-    )
+        wrapped = option(wrapped)
+    return wrapped

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Literal, TextIO
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
-__all__ = ["JsonProgress", "PassKind", "PassReport", "PassStart", "Progress", "TerminalProgress", "show"]
+__all__ = [
+    "JsonProgress",
+    "PassKind",
+    "PassLog",
+    "PassReport",
+    "PassStart",
+    "Progress",
+    "TerminalProgress",
+    "show",
+]
 
 #: ``memory``: a guest that stands still, or a receiver's view; ``precopy`` and ``stop-and-copy``: live;
 #: ``checkpoint``: a further state of a checkpointed stream; ``verify``: pages sent to be compared.
@@ -70,6 +79,27 @@ class Progress:
 
     def end(self, report: PassReport) -> None:
         """Tell that the pass is complete."""
+
+
+class PassLog(Progress):
+    """Keeps the reports of passes in ``reports``, and hands everything on to ``inner``."""
+
+    def __init__(self, inner: Progress) -> None:
+        self.reports: list[PassReport] = []
+        self._inner = inner
+
+    def begin(self, start: PassStart) -> None:
+        """Hand it on."""
+        self._inner.begin(start)
+
+    def advance(self, pages: int, octets: int) -> None:
+        """Hand it on."""
+        self._inner.advance(pages, octets)
+
+    def end(self, report: PassReport) -> None:
+        """Keep the report, and hand it on."""
+        self.reports.append(report)
+        self._inner.end(report)
 
 
 class JsonProgress(Progress):

@@ -18,6 +18,7 @@ from migstream.engines.restore import RestoreResult
 from migstream.errors import GuestError, MigstreamError
 from migstream.guests.protocols import RestoreTarget, Starts
 from migstream.records.libxc import GuestType
+from migstream.transport.address import TcpAddress
 from migstream.transport.errors import ConnectionLostError, ProtocolError, TlsError
 from migstream.transport.framing import ChunkReader
 from migstream.transport.link import Link
@@ -51,7 +52,6 @@ class ReceiveResult:
 
     restore: RestoreResult
     state: GuestState
-    peer: str
     warnings: list[str] = field(default_factory=list)
 
 
@@ -77,9 +77,9 @@ def receive(
     `ProtocolError` or `TlsError` for the connection; the guest then does not run, and is discarded, unless
     the error says otherwise.
     """
-    link, offer = _accept(listener, context, timeout_s, ignored)
+    link, offer, peer = _accept(listener, context, timeout_s, ignored)
     with link:
-        accepted(link.peer)
+        accepted(peer)
         reception = _Reception(link, offer)
         try:
             with open_target(GuestType(offer.guest_type)) as target:
@@ -117,7 +117,7 @@ class _Reception:
             restored = restore(target, fd)
         link.send(Loaded(pages=restored.pages, warnings=text("\n".join(restored.warnings))))
         link.receive(Go, "the sender was to give the guest up")
-        result = ReceiveResult(restored, self._start(target, paused=paused), link.peer)
+        result = ReceiveResult(restored, self._start(target, paused=paused))
         try:
             link.send(Running(state=result.state))
         except MigstreamError as exc:  # the guest is here all the same
@@ -143,11 +143,11 @@ def _accept(
     context: ssl.SSLContext | None,
     timeout_s: float | None,
     ignored: Callable[[str, MigstreamError], None],
-) -> tuple[Link, Offer]:
+) -> tuple[Link, Offer, str]:
     """Return the first caller who offers what can be taken; close the listener."""
     while True:
         sock, name = listener.accept()
-        peer = f"the sender, {_name(name)}," if name else "the sender"
+        peer = _name(name)
         try:
             link, offer = _hear(sock, context, peer, timeout_s)
         except MigstreamError as exc:
@@ -158,18 +158,19 @@ def _accept(
             raise
         else:
             listener.close()
-            return link, offer
+            return link, offer, peer
 
 
-def _name(name: tuple[object, ...]) -> str:
-    host, port = name[:2]
-    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+def _name(name: tuple[str, int] | str) -> str:
+    """Return what a caller is called: over a Unix socket, callers have no names."""
+    return str(TcpAddress(*name[:2])) if isinstance(name, tuple) else "this host"
 
 
 def _hear(
     sock: socket.socket, context: ssl.SSLContext | None, peer: str, timeout_s: float | None
 ) -> tuple[Link, Offer]:
     """Return what a caller offers. Raises `MigstreamError` for who brings no migration that can be taken."""
+    peer = f"the sender at {peer}"
     if context is not None:
         sock = _secured(sock, context, peer)
     link = Link(sock, peer=peer, timeout_s=timeout_s)

@@ -159,7 +159,7 @@ def _resume(source: SaveSource, ran_before: bool) -> None:
 
 def _link(address: Address, tls: Tls | None, timeout_s: float | None) -> Link:
     """Connect, and shake hands if there is to be TLS."""
-    peer = f"the destination, {address},"
+    peer = f"the destination at {address}"
     context = None if tls is None else load(tls, server=False)
     name = (tls.name if tls else None) or (address.host if isinstance(address, TcpAddress) else None)
     if context is not None and name is None:
