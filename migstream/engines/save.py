@@ -31,7 +31,7 @@ from migstream.engines.policies import Decision, PrecopyPolicy, PrecopyStats, xe
 from migstream.engines.progress import PassKind, Progress
 from migstream.engines.save_passes import MemoryPasses
 from migstream.errors import GuestError, MigstreamError
-from migstream.guests.protocols import PAGE_SIZE, SaveSource
+from migstream.guests.protocols import PAGE_SIZE, HasNotes, SaveSource
 from migstream.records import libxc
 
 __all__ = [
@@ -84,7 +84,7 @@ class SaveResult:
     precopy. ``downtime_s`` is how long the guest stood still before it was complete in the stream, of
     a checkpointed stream up to the first checkpoint. ``ended`` says how the stream ends: behind an
     END record, or as checkpointed streams do that are ended on purpose, behind a checkpoint.
-    ``warnings`` hold what went wrong without harm to the stream.
+    ``warnings`` hold what went wrong without harm to the stream, ``notes`` what the source has to say.
     """
 
     stream_type: StreamType
@@ -96,6 +96,7 @@ class SaveResult:
     downtime_s: float = 0.0
     ended: str = "end"
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, object]:
         """Return the fields, the stream type by its name."""
@@ -220,6 +221,8 @@ class _Save:
         self.result.pages = self.memory.pages
         self.result.octets = self.channel.written
         self.result.seconds = time.monotonic() - started
+        if isinstance(self.source, HasNotes):
+            self.result.notes += self.source.notes()
         return self.result
 
     def _stop_log(self, failure: BaseException | None) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "PAGE_SHIFT",
     "PAGE_SIZE",
     "HasEmulator",
+    "HasNotes",
     "RestoreTarget",
     "RestoredRings",
     "SaveSource",
@@ -159,6 +160,14 @@ class HasEmulator(Protocol):
 
     def emulator_records(self) -> Sequence[Record]:
         """Return EMULATOR_XENSTORE_DATA and EMULATOR_CONTEXT. The guest is suspended, its pages are sent."""
+
+
+@runtime_checkable
+class HasNotes(Protocol):
+    """What a `SaveSource` may offer besides: what its user should know of how it was saved."""
+
+    def notes(self) -> Sequence[str]:
+        """Return a sentence on each: how writes were tracked, and why so."""
 
 
 @runtime_checkable
