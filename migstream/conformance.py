@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 from migstream.errors import MigstreamError, StreamError
 from migstream.inspection import Line, Report, inspect
 from migstream.io import reader
+from migstream.io.reader import Stream
 from migstream.verification import verify
 
 __all__ = [
@@ -142,7 +145,7 @@ def decode(octets: bytes) -> dict[str, Any]:
     only that it is ``malformed``: the words are each implementation's own.
     """
     report = Report()
-    with reader.open_memory(octets) as stream:
+    with _opened(octets) as stream:
         records = [_record(line) for line in inspect(stream, report)]
     whole = report.to_json()
     kept = ("layers", "guest_type", "page_size", "xen_version", "vcpus", "pages", "pass_count")
@@ -150,6 +153,16 @@ def decode(octets: bytes) -> dict[str, Any]:
     out["config"] = _brief(out["config"])
     out["error_offset"] = None if report.error is None else report.error.offset
     return {"records": records, **out}
+
+
+@contextmanager
+def _opened(octets: bytes) -> Iterator[Stream]:
+    """Open octets as a file is opened: compressed ones are unpacked."""
+    with tempfile.TemporaryFile() as file:
+        file.write(octets)
+        file.seek(0)
+        with reader.open(file.fileno()) as stream:
+            yield stream
 
 
 def _record(line: Line) -> dict[str, object]:
@@ -180,7 +193,8 @@ def _brief(value: object) -> object:
 
 def check(vector: Vector) -> Iterator[str]:
     """Read ``vector`` with migstream itself, and yield in what it differs from what is expected."""
-    found = verify(reader.open_memory(vector.octets))
+    with _opened(vector.octets) as stream:
+        found = verify(stream)
     rules = tuple(sorted(found.counts))
     if found.sound() != vector.sound:
         yield f"verify: expected {_soundness(vector.sound)}, found {_soundness(found.sound())}"
@@ -230,13 +244,14 @@ def _restore(vector: Vector) -> tuple[Answer, tuple[str, ...] | None, StreamErro
     back_channel = os.open(os.devnull, os.O_WRONLY)
     answer, error = Answer.ACCEPT, None
     try:
-        restore(
-            target,
-            reader.open_memory(vector.octets),
-            stream_type=StreamType(vector.stream_type),
-            callbacks=callbacks,
-            send_back_fd=back_channel,
-        )
+        with _opened(vector.octets) as stream:
+            restore(
+                target,
+                stream,
+                stream_type=StreamType(vector.stream_type),
+                callbacks=callbacks,
+                send_back_fd=back_channel,
+            )
     except StreamError as exc:
         answer, error = Answer.REFUSE, exc
     finally:

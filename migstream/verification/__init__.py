@@ -113,8 +113,6 @@ class _Verifier:
         known = xl.MANDATORY_JSON | xl.MANDATORY_STREAM_V2
         if header.mandatory_flags & ~known:
             complain("xl-mandatory-flags", f"mandatory flags {header.mandatory_flags:#x}", 36)
-        if not header.mandatory_flags & xl.MANDATORY_STREAM_V2:
-            complain("xl-not-stream-v2", f"mandatory flags {header.mandatory_flags:#x}", 36)
         if header.optional_flags:
             complain("xl-optional-flags", f"optional flags {header.optional_flags:#x}", 40)
         if not header.optional_data_len:

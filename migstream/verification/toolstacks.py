@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from migstream.errors import FormatError
 from migstream.io.reader import Frame, Layer, Segment
-from migstream.records import Declaration, envelopes, record_class
+from migstream.records import Declaration, envelopes, record_class, xl
 from migstream.sexpr import parse
 
 __all__ = ["check_content", "check_envelope", "check_segment"]
@@ -20,8 +20,6 @@ def check_envelope(header: Declaration) -> Iterator[tuple[str, str, int]]:
         case envelopes.LibvirtHeader():
             if header.version not in (1, envelopes.LIBVIRT_V2):
                 yield "libvirt-version", f"version {header.version}", 16
-            if header.version == 1:
-                yield "libvirt-not-stream-v2", "version 1", 16
             if not header.xml_len:
                 yield "libvirt-xml-absent", "no XML", 20
         case envelopes.LibvirtXml():
@@ -41,6 +39,11 @@ def check_content(layer: Layer, around: Layer) -> Iterator[tuple[str, str]]:
     """Yield (rule, message) for what is wrong with ``layer`` directly inside the envelope ``around``."""
     if around.name == "libvirt" and layer.name != "libxl":
         yield "libvirt-without-libxl", "no libxl header between libvirt's and this one"
+    match around.headers[0]:
+        case xl.SaveFileHeader(mandatory_flags=flags) if not flags & xl.MANDATORY_STREAM_V2:
+            yield "xl-not-stream-v2", f"mandatory flags {flags:#x}"
+        case envelopes.LibvirtHeader(version=1):
+            yield "libvirt-not-stream-v2", "version 1"
 
 
 def check_segment(segment: Segment) -> Iterator[tuple[str, str, int]]:

@@ -26,6 +26,9 @@ GROUPS = {
     "paravirtual": "PV images: what holds a PV guest together, and its records at their boundaries",
     "truncated": "streams that end too early, one at each kind of place",
     "checkpoints": "Remus and COLO, bare and in libxl",
+    "toolstack": "libxl streams: headers, records, the emulator's data",
+    "envelopes": "xl, libvirt, xend, xapi, compressed files, and files that are something else",
+    "legacy": "streams of version 1, of both word sizes",
 }
 
 LINE = 100  # characters
