@@ -22,6 +22,7 @@ COMMANDS = {
     "migrate": "Migrate SRC to DST: another guest, or 'migstream receive' at HOST:PORT or unix:PATH.",
     "receive": "Receive one migration at PORT, HOST:PORT or unix:PATH into GUEST.",
     "fuzz": "Run a program on mutated streams, and keep what crashes, hangs or disagrees.",
+    "conformance": "Run a stream reader on the conformance vectors, and score it.",
     "demo": "Live-migrate a busy machine through a pipe, and compare both page by page.",
 }
 
