@@ -98,6 +98,8 @@ class ExternalReader:
         with open(path if "{}" not in self.command else os.devnull, "rb") as stdin:
             try:
                 arguments = shlex.split(self.command)
+                if not arguments:
+                    raise ValueError("it is empty")
                 for placeholder, value in values.items():
                     arguments = [argument.replace(placeholder, value) for argument in arguments]
                 process = subprocess.Popen(
@@ -107,7 +109,7 @@ class ExternalReader:
                     stderr=said,
                     start_new_session=True,
                 )
-            except (OSError, ValueError, IndexError) as exc:
+            except (OSError, ValueError) as exc:
                 why = exc.strerror if isinstance(exc, OSError) else exc
                 raise ReaderError(f"the reader cannot be run: {why}; --reader takes a command line") from exc
         try:
