@@ -21,6 +21,7 @@ MODULES = {
     "elf": "migstream.guests.kind_elf",
     "core": "migstream.guests.kind_core",
     "lime": "migstream.guests.kind_lime",
+    "qemu": "migstream.guests.kind_qemu",
     "process": "migstream.guests.kind_process",
 }
 

@@ -141,7 +141,7 @@ def _policy(record: libxc.X86CpuidPolicy | libxc.X86MsrPolicy, _: int | None) ->
                 yield "reserved-field", f"flags of MSR {entry.idx:#x} are {entry.flags:#x}, not zero"
 
 
-def _origin(record: libxc.Origin, _: int | None) -> Iterator[Complaint]:
+def _origin(record: libxc.Origin, guest_width: int | None) -> Iterator[Complaint]:
     try:
         _ = record.properties
     except FormatError as exc:
