@@ -98,6 +98,8 @@ def tell(result: SaveResult, *, err: bool) -> None:
     counts = {"precopy rounds": result.iterations, "checkpoints": result.checkpoints}
     done += "".join(f", {what}: {count}" for what, count in counts.items() if count)
     click.echo(f"{done}; the guest stood still for {1000 * result.downtime_s:,.0f} ms", err=err)
+    for note in result.notes:
+        click.echo(f"note: {printable(note)}", err=True)
     for warning in result.warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
 

@@ -41,7 +41,7 @@ def offer(channel: socket.socket) -> None:
 def accept(channel: socket.socket) -> int:
     """Receive the userfaultfd that the peer of ``channel`` offers. Raises `GuestError` if it sends none."""
     try:
-        message, fds, _, _ = socket.recv_fds(channel, 1, 1)
+        message, fds, _, _ = socket.recv_fds(channel, 1, 1, socket.MSG_CMSG_CLOEXEC)
     except OSError as exc:
         raise GuestError(f"the process did not hand its userfaultfd over: {exc.strerror or exc}") from exc
     if not fds or not _is_userfaultfd(fds[0]):
@@ -49,7 +49,6 @@ def accept(channel: socket.socket) -> int:
             os.close(fd)
         sent = "another descriptor" if fds else f"{message!r} without a descriptor" if message else "nothing"
         raise GuestError(f"the process should have handed its userfaultfd over, but sent {sent}")
-    os.set_inheritable(fds[0], False)
     return fds[0]
 
 

@@ -92,7 +92,7 @@ def named(name: str) -> Selection:
     def select(mappings: Sequence[Mapping]) -> list[Mapping]:
         found = [each for each in mappings if each.name == name and each.writable]
         if not found:
-            known = sorted({each.name for each in mappings if each.writable and each.name})
+            known = sorted({each.name for each in mappings if each.writable and each.name}, key=len)
             shown = ", ".join(known[:SHOWN]) + (
                 f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
             )

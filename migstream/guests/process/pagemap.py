@@ -19,7 +19,7 @@ import numpy.typing as npt
 from migstream.bitmap import PfnBitmap
 from migstream.errors import GuestError
 from migstream.guests.process.ranges import MemoryRange
-from migstream.guests.protocols import PAGE_SHIFT
+from migstream.guests.protocols import PAGE_SHIFT, PAGE_SIZE
 
 __all__ = ["PagemapScanner", "fill_between", "flip"]
 
@@ -30,6 +30,8 @@ WALK_END_AT = 4 * 8
 WP_MATCHING = 1 << 0  # protect again what is reported, in the same step
 CHECK_WPASYNC = 1 << 1  # fail on memory that is not write-protected asynchronously
 PAGE_IS_WRITTEN = 1 << 1
+
+ENTRY = 8  # octets a page of the map itself
 
 RUNS_AT_A_TIME = 1 << 15  # of 24 octets each: {u64 start, end, categories}
 
@@ -54,6 +56,9 @@ class PagemapScanner:
         for each in self.ranges:
             self._scan(words, each, WP_MATCHING | CHECK_WPASYNC if clean else CHECK_WPASYNC)
         fill_between(words)
+        if not os.pread(self._fd, ENTRY, self.ranges[0].address // PAGE_SIZE * ENTRY):
+            # A scan of memory that is gone finds nothing, and succeeds.
+            raise GuestError(f"process {self.pid} has ended, or runs another program now: save it again")
 
     def _scan(self, words: npt.NDArray[np.uint64], memory: MemoryRange, flags: int) -> None:
         start = memory.address
@@ -78,7 +83,7 @@ class PagemapScanner:
                 f"process {self.pid} mapped memory within {memory} anew while its writes were tracked; save "
                 "it again, stopped (kill -STOP) or without --live"
             )
-        return GuestError(f"process {self.pid} has ended, or runs another program: {exc.strerror}")
+        return GuestError(f"the writes of process {self.pid} to {memory} cannot be read: {exc.strerror}")
 
     def close(self) -> None:
         """Close the page map. Closing twice is harmless."""

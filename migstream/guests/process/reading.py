@@ -95,5 +95,6 @@ def _behind(pieces: npt.NDArray[np.uint64], done: int) -> npt.NDArray[np.uint64]
     first = int(np.searchsorted(ends, done, side="right"))
     rest = pieces[first:].copy()
     into_first = np.uint64(done) - (ends[first] - pieces[first, 1])
-    rest[0] += np.array([into_first, np.uint64(0) - into_first], np.uint64)
+    rest[0, 0] += into_first
+    rest[0, 1] -= into_first
     return rest

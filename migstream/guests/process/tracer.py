@@ -82,7 +82,7 @@ class Tracer:
             self._start()
         try:
             self._channel.send(request)
-            answer, fds, _, _ = socket.recv_fds(self._channel, 4096, 1)
+            answer, fds, _, _ = socket.recv_fds(self._channel, 4096, 1, socket.MSG_CMSG_CLOEXEC)
         except OSError:
             answer, fds = b"", []
         if not answer:
