@@ -29,6 +29,7 @@ GROUPS = {
     "toolstack": "libxl streams: headers, records, the emulator's data",
     "envelopes": "xl, libvirt, xend, xapi, compressed files, and files that are something else",
     "legacy": "streams of version 1, of both word sizes",
+    "origin": "the optional record ORIGIN, which is migstream's own",
 }
 
 LINE = 100  # characters
