@@ -8,7 +8,7 @@ import sys
 
 from bench.timing import print_table
 
-GROUPS = ("reading", "engines", "converting", "extracting")
+GROUPS = ("reading", "engines", "converting", "extracting", "tracking")
 
 
 def main() -> int:

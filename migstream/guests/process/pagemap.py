@@ -93,10 +93,14 @@ class PagemapScanner:
 
 
 def flip(words: npt.NDArray[np.uint64], bits: npt.NDArray[np.uint64]) -> None:
-    """Flip ``bits``, uint64[n] numbers of bits, of which some may be equal; one past the end is left out."""
+    """Flip ``bits``, uint64[n] numbers of bits, ascending; some may be equal, one past the end is left out."""
     if len(bits) and int(bits[-1]) >= 64 * len(words):  # the end of a run that reaches the bitmap's
         bits = bits[:-1]
-    np.bitwise_xor.at(words, (bits >> np.uint64(6)).astype(np.intp), np.uint64(1) << (bits & np.uint64(63)))
+    if not len(bits):
+        return
+    at = (bits >> np.uint64(6)).astype(np.intp)
+    firsts = np.concatenate(([0], np.flatnonzero(at[1:] != at[:-1]) + 1))  # of the bits in each word
+    words[at[firsts]] ^= np.bitwise_xor.reduceat(np.uint64(1) << (bits & np.uint64(63)), firsts)
 
 
 def fill_between(words: npt.NDArray[np.uint64]) -> None:
