@@ -182,10 +182,13 @@ def _migrate_here(
     ):
         from migstream.engines.migrate import Transport, migrate
         from migstream.engines.restore import restore
+        from migstream.engines.save import owning
+        from migstream.guests.protocols import Starts
         from migstream.guests.registry import open_target
 
         with (
             settings.open_source(source_name) as source,
+            owning(source),
             open_target(target_name, settings.guest_type) as target,
             show(tells, as_json=as_json) as progress,
         ):
@@ -203,6 +206,8 @@ def _migrate_here(
                 ),
                 transport=Transport(transport),
             )
+            if isinstance(target, Starts):
+                target.start()
         if as_json:
             _print_json(result.save, result.restore)
         else:

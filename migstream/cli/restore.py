@@ -25,10 +25,12 @@ Examples:
   migstream restore save.xl.zst raw:memory.bin
   migstream save model:1G - --live | migstream restore - model:1G
   migstream restore fd:7 model:64M --type remus --json 7<&0
+  migstream restore guest.img qemu:guest.qmp --paused
 
 GUEST is made from what the stream holds: model:SIZE a machine in memory, which is gone afterwards;
-raw:FILE a file with its memory. IN may be an xl save file, a libxl stream or a bare libxc image. Behind
-the stream's last record nothing is read from a pipe.
+raw:FILE a file with its memory; qemu:SOCKET a QEMU machine that waits for it, which then runs. IN may be
+an xl save file, a libxl stream or a bare libxc image. Behind the stream's last record nothing is read from
+a pipe.
 """
 )
 @click.argument("source", metavar="IN")
@@ -60,6 +62,7 @@ the stream's last record nothing is read from a pipe.
     is_flag=True,
     help="Empty the pages that the guest shares with its host, as Xen does. Default: memory as saved.",
 )
+@click.option("--paused", is_flag=True, help="Leave a guest that could run paused, instead of starting it.")
 @timeout_option
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object a pass and checkpoint, the last with the result."
@@ -72,6 +75,7 @@ def command(
     back_channel: int | None,
     verify_fails: bool,
     reset_rings: bool,
+    paused: bool,
     timeout_s: float | None,
     as_json: bool,
 ) -> None:
@@ -87,6 +91,7 @@ def command(
         raise click.UsageError("--type colo needs --back-channel FD, where lists of dirty pages go")
     from migstream.engines.restore import RestoreResult, read_guest_type, restore
     from migstream.guests.kind import GuestSpecError
+    from migstream.guests.protocols import Starts
     from migstream.guests.registry import open_target, parse
     from migstream.records.libxc import GuestType
 
@@ -112,6 +117,8 @@ def command(
                         progress=progress,
                         result=result,
                     )
+                    if isinstance(target, Starts) and not paused:
+                        target.start()
         except GuestSpecError as exc:
             raise click.UsageError(printable(str(exc))) from None
         except (OSError, MigstreamError) as exc:
