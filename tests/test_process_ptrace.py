@@ -18,6 +18,7 @@ import pytest
 from migstream.errors import GuestError
 from migstream.guests.process.ptrace import Tracee, find_system_call, threads
 from migstream.guests.process.tracer import RefusedError, Tracer
+from migstream.guests.process.tracing_child import Worker
 from tests.processes import child, is_untouched, status, wait_for
 
 pytestmark = pytest.mark.skipif(
@@ -242,6 +243,29 @@ def test_a_process_that_is_traced_already_is_refused_by_name() -> None:
         first.resume()
         second.stop()
         assert second.holds
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can become somebody without the right")
+def test_who_may_not_trace_is_told_what_would_help() -> None:
+    with child(16) as found:
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:  # as nobody; what the tracer's process does is done here
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            try:
+                Worker(found.pid).stop()
+                os.write(writing, b"stopped")
+            except BaseException as exc:
+                os.write(writing, str(exc).encode())
+            os._exit(0)
+        os.waitpid(pid, 0)
+        answer = os.read(reading, 4096).decode()
+        os.close(reading)
+        os.close(writing)
+        assert "may not be traced: Operation not permitted; run as root (CAP_SYS_PTRACE)" in answer
+        assert is_untouched(found.pid)
 
 
 def test_a_system_call_can_be_injected_while_everything_is_stopped() -> None:

@@ -6,7 +6,9 @@ import os
 import random
 import socket
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +24,8 @@ from migstream.guests.process.reading import PageReader
 from migstream.guests.process.shadow import ShadowTracker
 from migstream.guests.process.tracer import RefusedError, Tracer
 from migstream.guests.process.tracking import DirtyTracker, track
-from migstream.guests.protocols import PAGE_SIZE
+from migstream.guests.protocols import PAGE_SIZE, HasNotes
+from migstream.guests.registry import open_source
 from tests.guests import pfns
 from tests.processes import Child, child, is_untouched, numbers, tracked
 
@@ -263,6 +266,32 @@ def test_a_handover_of_something_else_is_refused() -> None:
         theirs.close()
         with pytest.raises(GuestError, match="sent nothing"):
             handover.accept(ours)
+
+
+@needs_kernel
+def test_a_process_listens_to_hand_over(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with pytest.raises(GuestError, match=r"socket', where the process should hand its userfaultfd over"):
+        handover.fetch(str(path))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        pid = os.fork()
+        if pid == 0:
+            channel, _ = listener.accept()
+            handover.offer(channel)
+            while True:
+                time.sleep(1)
+        try:
+            bounds = f"{_ADDRESS:x}-{_ADDRESS + 16 * PAGE_SIZE:x}"
+            with open_source(f"process:{pid},range={bounds},handover={path}") as source:
+                source.enable_dirty_log()
+                assert isinstance(source, HasNotes)
+                assert "handed its userfaultfd over" in "".join(source.notes())
+            assert is_untouched(pid)
+        finally:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
 
 
 # By comparing

@@ -21,13 +21,16 @@ BOUNDS = re.compile(r"(?:0x)?([0-9a-fA-F]{1,16})-(?:0x)?([0-9a-fA-F]{1,16})")
 
 @contextmanager
 def _source(spec: GuestSpec, guest_type: GuestType) -> Iterator[SaveSource]:
+    from migstream.guests.process.handover import fetch
     from migstream.guests.process.source import ProcessSource
 
     if not (spec.what.isascii() and spec.what.isdigit() and 0 < int(spec.what) < 1 << 31):
         raise GuestSpecError(f"{spec.what!r} is no process number; write one, such as {KIND.example}")
     if guest_type is GuestType.PV:
         raise GuestSpecError("a process is no PV guest: its stream is an HVM image; leave --guest-type out")
-    with ProcessSource(int(spec.what), _selection(spec)) as source:
+    select = _selection(spec)
+    uffd = fetch(spec.options["handover"]) if "handover" in spec.options else None
+    with ProcessSource(int(spec.what), select, uffd=uffd) as source:
         yield source
 
 
@@ -77,5 +80,6 @@ KIND = GuestKind(
     options=(
         Option("range", RANGE_EXAMPLE, "what of it, bounds as in /proc/PID/maps, more of them after '+'"),
         Option("mapping", "[heap]", "or the writable mappings of that name; default: all that is writable"),
+        Option("handover", "/run/app.sock", "where the process hands its userfaultfd to whoever connects"),
     ),
 )

@@ -1,7 +1,8 @@
 """A process that wants to be tracked hands its userfaultfd over, so that nobody has to trace it for that.
 
 In the process: `offer` (any program in any language can do the same: one octet with the descriptor). In
-migstream: `accept`, whose descriptor `track` and `ProcessSource` take.
+migstream: `accept`, or `fetch` from a socket at which the process listens; `track` and `ProcessSource` take
+the descriptor.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import struct
 from migstream.errors import GuestError
 from migstream.guests.process import syscalls
 
-__all__ = ["accept", "offer"]
+__all__ = ["accept", "fetch", "offer"]
 
 PR_SET_PTRACER = 0x5961_6D61  # linux/prctl.h
 CREDENTIALS = struct.Struct("=3i")  # struct ucred: pid, uid, gid
@@ -50,6 +51,16 @@ def accept(channel: socket.socket) -> int:
         sent = "another descriptor" if fds else f"{message!r} without a descriptor" if message else "nothing"
         raise GuestError(f"the process should have handed its userfaultfd over, but sent {sent}")
     return fds[0]
+
+
+def fetch(path: str) -> int:
+    """Receive the userfaultfd that a process offers to whoever connects to the Unix socket ``path``."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+        try:
+            channel.connect(path)
+        except OSError as exc:
+            raise GuestError(f"{path!r}, where the process should hand its userfaultfd over: {exc}") from exc
+        return accept(channel)
 
 
 def _is_userfaultfd(fd: int) -> bool:

@@ -93,7 +93,7 @@ class PagemapScanner:
 
 
 def flip(words: npt.NDArray[np.uint64], bits: npt.NDArray[np.uint64]) -> None:
-    """Flip ``bits``, uint64[n] numbers of bits, ascending; some may be equal, one past the end is left out."""
+    """Flip ``bits``, uint64[n] numbers of bits, ascending, maybe equal; one past the end is left out."""
     if len(bits) and int(bits[-1]) >= 64 * len(words):  # the end of a run that reaches the bitmap's
         bits = bits[:-1]
     if not len(bits):

@@ -52,7 +52,7 @@ class ProcessSource(SuspendedImage):
         *,
         uffd: int | None = None,
     ) -> None:
-        """Look at the process, without touching it. Raises `GuestError`."""
+        """Look at the process, without touching it. Raises `GuestError`; ``uffd`` is the caller's then."""
         if pid == os.getpid():
             raise GuestError("migstream cannot save itself: it would have to stop")
         self.pid = pid

@@ -52,7 +52,11 @@ class Tracer:
     @property
     def holds(self) -> bool:
         """Whether the process is stopped by us: it is not any more if the child was killed."""
-        return self._holds and not select.select([self._channel], [], [], 0)[0]
+        if not self._holds:
+            return False
+        answers = select.poll()  # it says nothing unless it is asked, but that it has ended
+        answers.register(self._channel, select.POLLIN)
+        return not answers.poll(0)
 
     def userfaultfd(self) -> int:
         """Make the process open a userfaultfd, and return it; the process is left without.
@@ -85,6 +89,9 @@ class Tracer:
             answer, fds, _, _ = socket.recv_fds(self._channel, 4096, 1, socket.MSG_CMSG_CLOEXEC)
         except OSError:
             answer, fds = b"", []
+        except BaseException:  # interrupted: the answer would be taken for that to the next request
+            self.close()
+            raise
         if not answer:
             self.close()
             raise GuestError(

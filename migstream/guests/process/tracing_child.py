@@ -22,7 +22,7 @@ from pathlib import Path
 from migstream.guests.process.ptrace import EndedError, NotStoppedError, Tracee, find_system_call, threads
 from migstream.guests.process.syscalls import USER_MODE_ONLY, USERFAULTFD, pidfd_getfd
 
-__all__ = ["main"]
+__all__ = ["Worker", "main"]
 
 CLOSE = 3  # the system call's number on x86-64
 STOP_WITHIN_S = 10.0
@@ -32,7 +32,7 @@ class _RefusedError(Exception):
     """It cannot be done to this process; the message completes "because ..."."""
 
 
-class _Worker:
+class Worker:
     """Does what is asked to the process ``pid``."""
 
     def __init__(self, pid: int) -> None:
@@ -161,7 +161,7 @@ def _status(tid: int, field: str) -> str:
 
 def main() -> None:
     """Answer requests about the process whose number is the only argument."""
-    worker = _Worker(int(sys.argv[1]))
+    worker = Worker(int(sys.argv[1]))
     with socket.socket(fileno=0) as channel:
         for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(ignored, signal.SIG_IGN)
