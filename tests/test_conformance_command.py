@@ -108,7 +108,8 @@ def test_any_other_exit_is_a_crash_told_by_code_or_signal_and_its_last_words(
 
 def test_a_reader_that_gives_no_answer_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
     held = tmp_path / "held"
-    code = f"import fcntl; fcntl.flock(os.open({str(held)!r}, os.O_CREAT), fcntl.LOCK_EX); os.fork(); time.sleep(60)"
+    lock = f"import fcntl; fcntl.flock(os.open({str(held)!r}, os.O_CREAT), fcntl.LOCK_EX); "
+    code = lock + "os.fork(); time.sleep(60)"
     (outcome,) = ExternalReader(reader(code), timeout_s=3).run([VECTORS["sound/hvm-image"]])
     assert (outcome.kind, outcome.differences) == (Kind.TIMED_OUT, ("expected accept, no answer in 3 s",))
     with held.open() as file:
