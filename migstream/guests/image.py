@@ -42,7 +42,7 @@ from migstream.records.libxc import (
 from migstream.records.page_types import PageType
 from migstream.records.pv_state import PV_LAYOUTS
 
-__all__ = ["Holes", "ImageSource", "ImageTarget", "SuspendedImage"]
+__all__ = ["Holes", "ImageSource", "ImageTarget", "SuspendedImage", "file_holes"]
 
 PV = PV_LAYOUTS[8]
 
@@ -155,7 +155,7 @@ class ImageSource(SuspendedImage):
                 )
             self.n_pages = size >> PAGE_SHIFT
             self._memory = Memory(mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ), self.n_pages)
-            self._without_data = _holes(fd, self.n_pages) if holes is not Holes.KEEP else None
+            self._without_data = file_holes(fd, self.n_pages) if holes is not Holes.KEEP else None
         finally:
             os.close(fd)
         self._zero_is_hole = holes is Holes.ZERO
@@ -179,8 +179,8 @@ class ImageSource(SuspendedImage):
         return self._memory.views(pfns), np.zeros(len(pfns), np.bool_)
 
 
-def _holes(fd: int, n_pages: int) -> PfnBitmap:
-    """Return the pages that a file has no data for."""
+def file_holes(fd: int, n_pages: int) -> PfnBitmap:
+    """Return the pages of ``n_pages`` that the file ``fd`` has no data for: they read as zeros."""
     holes = PfnBitmap(n_pages)
     end_of_data = 0
     size = n_pages * PAGE_SIZE

@@ -11,7 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from migstream.bitmap import PfnBitmap
 from migstream.errors import GuestError
+from migstream.guests.image import file_holes
 from migstream.guests.memory import Memory
 from migstream.guests.protocols import PAGE_SHIFT
 
@@ -98,6 +100,7 @@ class RamFile:
                 ) from None
             protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
             offset = mapping.offset + address - mapping.start
+            self._from_start = offset == 0
             self.memory = Memory(
                 mmap.mmap(self._fd, size, mmap.MAP_SHARED, protection, offset=offset), size >> PAGE_SHIFT
             )
@@ -107,6 +110,19 @@ class RamFile:
         except BaseException:
             os.close(self._fd)
             raise
+
+    def holes(self) -> PfnBitmap:
+        """Return which pages nobody ever wrote to. To read such a page would give it memory."""
+        n_pages = self.memory.n_pages
+        return file_holes(self._fd, n_pages) if self._from_start else PfnBitmap(n_pages)
+
+    def clear(self, first: int, count: int) -> None:
+        """Make ``count`` pages from ``first`` zeros, and give their memory back where the file allows."""
+        try:
+            self.memory.mapping.madvise(mmap.MADV_REMOVE, first << PAGE_SHIFT, count << PAGE_SHIFT)
+        except OSError:  # no holes in files of huge pages, or of some file systems
+            run = self.memory.pages[first : first + count]
+            run[run.any(axis=1)] = 0
 
     def close(self) -> None:
         """Let go of the file; the mapping goes with its last view. Closing twice is harmless."""

@@ -36,6 +36,7 @@ _REMEDIES = {
     "shutdown": "its guest has shut down",
     "suspended": "its guest sleeps (ACPI S3); wake it first (QMP: system_wakeup)",
 }
+CHUNK = 1 << 16  # PFNs looked at together
 _SAVEABLE = ("running", "paused", "prelaunch")
 
 
@@ -67,6 +68,8 @@ class QemuSource:
         self._origin = self.machine.origin
         self._tracker: DirtyTracker | None = None
         self._device_state: bytes | None = None
+        #: Pages, numbered as in the file, that nobody ever wrote to: to read one would give it memory.
+        self._untouched = PfnBitmap(ram.size >> PAGE_SHIFT)
         self._notes: list[str] = []
 
     @property
@@ -100,9 +103,11 @@ class QemuSource:
         ]
 
     def page_types(self, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
-        """Return NOTAB for RAM, XTAB for the hole below 4 GiB."""
-        held = self.machine.ram.holds(pfns)
-        return np.where(held, np.uint8(PageType.NOTAB), np.uint8(PageType.XTAB))
+        """Return NOTAB for RAM, XTAB for the hole below 4 GiB and for pages that were never written to."""
+        ram = self.machine.ram
+        there = ram.holds(pfns)
+        there[there] = ~self._untouched.test(ram.file_pages(pfns[there]))
+        return np.where(there, np.uint8(PageType.NOTAB), np.uint8(PageType.XTAB))
 
     def pages(
         self, pfns: npt.NDArray[np.uint64], types: npt.NDArray[np.uint8]
@@ -130,6 +135,7 @@ class QemuSource:
         ]
         views = [self._ram.memory.run(piece.file_page, piece.n_pages) for piece in pieces]
         self._tracker = track(self.pid, ranges, views=views)
+        self._untouched = self._ram.holes()  # not before: from here on, whatever is touched is logged
         self._notes = [f"writes were tracked by {self._tracker.name}: {self._tracker.why}"]
 
     def disable_dirty_log(self) -> None:
@@ -141,6 +147,8 @@ class QemuSource:
     def clean_dirty_log(self, into: PfnBitmap) -> None:
         """Move the log into ``into``."""
         self._log().clean(into)
+        for pfns in into.batches(CHUNK):
+            self._untouched.discard(self.machine.ram.file_pages(pfns))
 
     def peek_dirty_log(self, into: PfnBitmap) -> None:
         """Copy the log into ``into``."""
@@ -162,6 +170,8 @@ class QemuSource:
         self._device_state = None
         self.qmp.execute("stop")
         state = device_state.take(self.qmp)
+        if self._tracker is None:
+            self._untouched = self._ram.holes()
         blocks = [
             (block, device_state.read_block(self.pid, address, block.length))
             for block, address in self._blocks

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from migstream.bitmap import PfnBitmap
 from migstream.errors import FormatError, GuestError
+from migstream.guests.memory import run_bounds
 from migstream.guests.page_book import PageBook
 from migstream.guests.protocols import RestoredRings
 from migstream.guests.qemu import device_state
@@ -32,6 +33,7 @@ __all__ = ["QemuTarget"]
 
 LOAD_S = 60.0  # loading takes milliseconds; a QEMU that is not done by then never will be
 POLL_S = 0.002
+CHUNK = 1 << 20  # PFNs looked at together
 
 
 class QemuTarget(PageBook):
@@ -122,8 +124,15 @@ class QemuTarget(PageBook):
     # The end
 
     def complete(self) -> RestoredRings:
-        """Refuse an image without origin; all else has to wait for the emulator's state."""
+        """Clear what the stream has no page for; all else has to wait for the emulator's state."""
         self._check_origin()
+        for piece in self.machine.ram.pieces:
+            shift = piece.file_page - piece.first_pfn
+            for first in range(piece.first_pfn, piece.first_pfn + piece.n_pages, CHUNK):
+                end = min(first + CHUNK, piece.first_pfn + piece.n_pages)
+                pfns = np.arange(first, end, dtype=np.uint64)
+                for start, behind in run_bounds(pfns[~self.populated(pfns)]):
+                    self._ram.clear(start + shift, behind - start)
         return RestoredRings(None, None)
 
     def take_emulator(self, record: Record) -> None:
