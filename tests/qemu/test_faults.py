@@ -1,0 +1,245 @@
+"""Migrations that go wrong: the error says what to do, and the source runs on as if nothing had been."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.qemu.commands import Ended, migstream, receiving, run
+from tests.qemu.conftest import Start
+from tests.qemu.machine import ANONYMOUS, MIB, Machine, flags, wait_until
+from tests.qemu.relay import Relay, relay
+
+TURN = 60  # counts in which the guest writes, and checks, its whole working set
+HALF_OF_MEMORY = MIB << 19
+IN_PASS_2 = (MIB << 20) + (1 << 20)  # octets: every page was sent once, and of pass 2 there is some
+SLOW = ("--bandwidth", "160M")  # so that the guest writes some MiB in pass 1
+
+
+def check_source(source: Machine) -> None:
+    """The guest runs where it was, nobody watches its memory, and nothing of it is lost."""
+    assert source.status == "running"
+    assert source.tracked == []
+    source.wait_for_count(source.count + TURN)
+
+
+@pytest.fixture
+def passing(tmp_path: Path) -> Iterator[Callable[[Callable[[int], bool]], Relay]]:
+    """Starts a relay in front of ``tmp_path / "socket"``: its argument says when it holds the stream."""
+    with contextlib.ExitStack() as stack:
+
+        def start(hold: Callable[[int], bool]) -> Relay:
+            return stack.enter_context(relay(tmp_path / "relay", tmp_path / "socket", hold))
+
+        yield start
+
+
+def migrate(source: Machine, address: str, *options: str) -> Ended:
+    return run("migrate", f"qemu:{source.qmp}", address, *options)
+
+
+# Before anything is sent
+
+
+def test_a_qmp_socket_that_is_not_there(tmp_path: Path, destination: Machine) -> None:
+    failed = run("migrate", f"qemu:{tmp_path}/absent.qmp", f"qemu:{destination.qmp}")
+    assert failed.code == 1
+    assert f"{tmp_path}/absent.qmp" in failed.errors
+    assert "-qmp" in failed.errors
+
+
+def test_a_qmp_socket_that_nobody_listens_at(tmp_path: Path, destination: Machine) -> None:
+    abandoned = tmp_path / "abandoned.qmp"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(abandoned))
+    failed = run("migrate", f"qemu:{abandoned}", f"qemu:{destination.qmp}")
+    assert failed.code == 1
+    assert str(abandoned) in failed.errors
+
+
+def test_a_machine_whose_memory_is_not_shared(start: Start, destination: Machine) -> None:
+    source = start("anonymous", flags(backend=ANONYMOUS), incoming=False)
+    source.command("cont")
+    failed = run("migrate", f"qemu:{source.qmp}", f"qemu:{destination.qmp}")
+    assert failed.code == 1
+    assert "memory-backend-memfd" in failed.errors
+    assert "share=on" in failed.errors
+    assert source.status == "running"
+    assert source.tracked == []
+
+
+@pytest.mark.parametrize(
+    ("made_of", "said"),
+    [(flags(mib=MIB // 2), "MiB"), (flags(machine_type="q35"), "q35")],
+    ids=["other-size", "other-type"],
+)
+def test_a_destination_of_another_kind(
+    source: Machine, start: Start, tmp_path: Path, made_of: list[str], said: str
+) -> None:
+    destination = start("other", made_of)
+    address = tmp_path / "socket"
+    with receiving(address, destination.qmp) as receiver:
+        failed = migrate(source, f"unix:{address}")
+        refused = receiver.wait()
+    assert (failed.code, refused.code) == (1, 1)
+    assert said in failed.errors  # the receiver's reason reaches the sender
+    assert said in refused.errors
+    assert not destination.memory().any()
+    check_source(source)
+
+
+def test_nobody_listens(source: Machine, tmp_path: Path) -> None:
+    failed = migrate(source, f"unix:{tmp_path}/nobody")
+    assert failed.code == 1
+    assert "migstream receive" in failed.errors
+    check_source(source)
+
+
+# In pass 2
+
+
+def test_the_destination_dies_in_pass_2(
+    source: Machine,
+    destination: Machine,
+    tmp_path: Path,
+    passing: Callable[[Callable[[int], bool]], Relay],
+) -> None:
+    on_the_way = passing(lambda octets: octets > IN_PASS_2)
+    with (
+        receiving(tmp_path / "socket", destination.qmp) as receiver,
+        migstream("migrate", f"qemu:{source.qmp}", on_the_way.address, *SLOW) as sender,
+    ):
+        assert on_the_way.held.wait(60)
+        destination.kill()
+        on_the_way.release()
+        lost, failed = receiver.wait(), sender.wait()
+    assert (failed.code, lost.code) == (1, 1)
+    assert "QEMU" in lost.errors
+    assert failed.errors
+    check_source(source)
+
+
+def test_the_receiver_dies_in_pass_2(
+    source: Machine,
+    destination: Machine,
+    tmp_path: Path,
+    passing: Callable[[Callable[[int], bool]], Relay],
+) -> None:
+    on_the_way = passing(lambda octets: octets > IN_PASS_2)
+    with (
+        receiving(tmp_path / "socket", destination.qmp) as receiver,
+        migstream("migrate", f"qemu:{source.qmp}", on_the_way.address, *SLOW) as sender,
+    ):
+        assert on_the_way.held.wait(60)
+        receiver.kill()
+        on_the_way.release()
+        failed = sender.wait()
+    assert failed.code == 1
+    assert destination.status == "inmigrate"  # it has not got a guest, and does not run one
+    check_source(source)
+
+
+def test_the_source_dies_in_pass_2(
+    source: Machine,
+    destination: Machine,
+    tmp_path: Path,
+    passing: Callable[[Callable[[int], bool]], Relay],
+) -> None:
+    on_the_way = passing(lambda octets: octets > IN_PASS_2)
+    with (
+        receiving(tmp_path / "socket", destination.qmp) as receiver,
+        migstream("migrate", f"qemu:{source.qmp}", on_the_way.address, *SLOW) as sender,
+    ):
+        assert on_the_way.held.wait(60)
+        source.kill()
+        on_the_way.release()
+        failed, lost = sender.wait(), receiver.wait()
+    assert (failed.code, lost.code) == (1, 1)
+    assert "QEMU" in failed.errors
+    assert destination.status != "running"
+
+
+def test_the_sender_is_killed_in_pass_2(
+    source: Machine,
+    destination: Machine,
+    tmp_path: Path,
+    passing: Callable[[Callable[[int], bool]], Relay],
+) -> None:
+    on_the_way = passing(lambda octets: octets > IN_PASS_2)
+    with (
+        receiving(tmp_path / "socket", destination.qmp) as receiver,
+        migstream("migrate", f"qemu:{source.qmp}", on_the_way.address, *SLOW) as sender,
+    ):
+        assert on_the_way.held.wait(60)
+        sender.kill()
+        wait_until("the sender's processes to go", lambda: not sender.left_behind())
+        on_the_way.cut()
+        lost = receiver.wait()
+    assert lost.code == 1
+    assert destination.status != "running"
+    check_source(source)
+
+
+# In the final phase
+
+
+def test_the_connection_breaks_in_the_final_phase_and_a_second_try_succeeds(
+    source: Machine,
+    destination: Machine,
+    tmp_path: Path,
+    start: Start,
+    passing: Callable[[Callable[[int], bool]], Relay],
+) -> None:
+    on_the_way = passing(lambda octets: octets > HALF_OF_MEMORY and source.status == "paused")
+    with (
+        receiving(tmp_path / "socket", destination.qmp) as receiver,
+        migstream("migrate", f"qemu:{source.qmp}", on_the_way.address) as sender,
+    ):
+        assert on_the_way.held.wait(60)
+        on_the_way.cut()
+        failed, lost = sender.wait(), receiver.wait()
+    assert (failed.code, lost.code) == (1, 1)
+    assert "connection" in failed.errors
+    assert destination.status != "running"
+    check_source(source)
+
+    second = start("second")
+    with receiving(tmp_path / "socket2", second.qmp) as receiver:
+        sent = migrate(source, f"unix:{tmp_path}/socket2")
+        assert sent.code == 0, sent
+        assert receiver.wait().code == 0
+    second.wait_for_count(source.count + TURN)
+
+
+# Two at a time
+
+
+def test_a_second_migration_of_the_same_guest_is_refused_and_the_first_goes_on(
+    source: Machine,
+    destination: Machine,
+    tmp_path: Path,
+    start: Start,
+    passing: Callable[[Callable[[int], bool]], Relay],
+) -> None:
+    third = start("third")
+    on_the_way = passing(lambda octets: octets > HALF_OF_MEMORY)
+    with (
+        receiving(tmp_path / "socket", destination.qmp) as receiver,
+        receiving(tmp_path / "socket3", third.qmp),
+        migstream("migrate", f"qemu:{source.qmp}", on_the_way.address) as first,
+    ):
+        assert on_the_way.held.wait(60)
+        second = migrate(source, f"unix:{tmp_path}/socket3")
+        assert second.code == 1, second
+        assert "another" in second.errors
+        assert source.status == "running"
+        on_the_way.release()
+        assert first.wait().code == 0
+        assert receiver.wait().code == 0
+    assert source.status == "paused"
+    assert source.tracked == []
+    destination.wait_for_count(source.count + TURN)
