@@ -127,6 +127,7 @@ class RamFile:
     def close(self) -> None:
         """Let go of the file; the mapping goes with its last view. Closing twice is harmless."""
         if self._fd >= 0:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # the mapping holds a copy of the descriptor
             os.close(self._fd)
             self._fd = -1
 
