@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from migstream.errors import GuestError
 from migstream.guests.process.ranges import MemoryRange
+from migstream.guests.process.tracer import Tracer
+from migstream.guests.process.tracking import track
 from migstream.guests.protocols import PAGE_SIZE
 
 CODE = r"""
@@ -163,6 +167,30 @@ def wait_for(condition: object, what: str, tries: int = 1000) -> None:
             return
         time.sleep(0.005)
     raise AssertionError(f"this did not come about: {what}")
+
+
+@functools.cache
+def why_not_traced() -> str:
+    """Return why processes cannot be traced here; empty: they can."""
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
+        return "processes are traced on x86-64 Linux only"
+    with child(1) as process, Tracer(process.pid) as tracer:
+        try:
+            os.close(tracer.userfaultfd())
+        except GuestError as exc:
+            return f"processes cannot be traced here: {exc}"
+    return ""
+
+
+@functools.cache
+def why_no_write_protection() -> str:
+    """Return why writes cannot be tracked by write protection here; empty: they can."""
+    if why_not_traced():
+        return why_not_traced()
+    with child(1) as process:
+        tracker = track(process.pid, process.ranges)
+        tracker.close()
+    return "" if tracker.name == "userfaultfd" else tracker.why
 
 
 def numbers(found: Sequence[object]) -> list[int]:

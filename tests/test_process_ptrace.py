@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -19,11 +18,9 @@ from migstream.errors import GuestError
 from migstream.guests.process.ptrace import Tracee, find_system_call, threads
 from migstream.guests.process.tracer import RefusedError, Tracer
 from migstream.guests.process.tracing_child import Worker
-from tests.processes import child, is_untouched, status, wait_for
+from tests.processes import child, is_untouched, status, wait_for, why_not_traced
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="ptrace code is for x86-64 Linux"
-)
+pytestmark = pytest.mark.skipif(bool(why_not_traced()), reason=why_not_traced())
 
 ROOT = os.geteuid() == 0
 AROUND = "import ctypes, os, signal, sys, threading, time\nlibc = ctypes.CDLL(None, use_errno=True)\n"
@@ -134,7 +131,8 @@ while counts[1] < 100:
     print(counts[1], flush=True)
     while counts[1] == before: sum(range(100))
 signal.setitimer(signal.ITIMER_REAL, 0)
-print("all")
+print("all", flush=True)
+sys.stdin.read()
 """
     with program(code) as process:
         assert process.stdout is not None
@@ -153,7 +151,11 @@ def test_a_stopped_process_stays_stopped_and_can_be_continued() -> None:
         os.kill(found.pid, signal.SIGSTOP)
         wait_for(lambda: status(found.pid, "State")["State"][0] == "T", "the process stops")
         inject(found.pid, 3)
-        assert status(found.pid, "State")["State"][0] == "T"
+        wait_for(lambda: status(found.pid, "State")["State"][0] == "T", "it is stopped again")
+        with Tracer(found.pid) as tracer:
+            tracer.stop()
+            assert status(found.pid, "State")["State"][0] == "t"
+        wait_for(lambda: status(found.pid, "State")["State"][0] == "T", "it is stopped again")
         os.kill(found.pid, signal.SIGCONT)
         found.do("write", 1)
 

@@ -29,12 +29,18 @@ from migstream.guests.protocols import PAGE_SIZE
 from migstream.io import reader
 from migstream.records.libxc import Origin
 from migstream.verification import verify
-from tests.processes import Child, child, is_untouched, status, tracked, wait_for
-from tests.test_process_tracking import kernel_tracks
-
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or os.uname().machine != "x86_64", reason="stopping processes is for x86-64 Linux"
+from tests.processes import (
+    Child,
+    child,
+    is_untouched,
+    status,
+    tracked,
+    wait_for,
+    why_no_write_protection,
+    why_not_traced,
 )
+
+pytestmark = pytest.mark.skipif(bool(why_not_traced()), reason=why_not_traced())
 
 N_PAGES = 3000
 
@@ -73,8 +79,8 @@ def tracker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     name = str(request.param)
     if name == "shadow":
         monkeypatch.setitem(userfaultfd.FEATURES, "WP_ASYNC", 1 << 62)
-    elif not kernel_tracks():
-        pytest.skip("needs Linux 6.7 or later")
+    elif why_no_write_protection():
+        pytest.skip(why_no_write_protection())
     return name
 
 
@@ -235,7 +241,7 @@ def migstream(process: Child, *steps: str) -> Iterator[subprocess.Popen[bytes]]:
 def test_a_killed_migstream_leaves_the_process_running_and_untracked(steps: str, tracker: str) -> None:
     with child(N_PAGES) as process:
         with migstream(process, *steps.split()) as killed:
-            if "track" in steps and kernel_tracks():
+            if "track" in steps and not why_no_write_protection():
                 assert tracked(process.pid)
             if "stop" in steps:
                 assert status(process.pid, "State")["State"][0] == "t"
@@ -248,7 +254,7 @@ def test_a_killed_migstream_leaves_the_process_running_and_untracked(steps: str,
 def test_a_migstream_killed_at_any_moment_leaves_the_process_running_and_untracked() -> None:
     with child(64) as process:
         process.do("busy", 20)
-        for n in range(8):
+        for n in range(6):
             with migstream(process, "loop") as killed:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     killed.wait(0.005 * n + 0.0007)
@@ -311,7 +317,6 @@ SPECS = {
     "process:1,range=1000-3000+2000-4000": "none may overlap",
     "process:1,range=all": "hexadecimal bounds",
     "process:1,range=1000-2000,mapping=[heap]": "not both",
-    f"process:{os.getpid()}": "cannot save itself",
     "process:2147483647": "there is no process 2147483647",
 }
 
@@ -320,6 +325,11 @@ SPECS = {
 def test_a_bad_name_is_refused_with_a_reason(spec: str) -> None:
     with pytest.raises((GuestSpecError, GuestError), match=SPECS[spec]), registry.open_source(spec):
         pass
+
+
+def test_migstream_does_not_save_itself() -> None:
+    with pytest.raises(GuestError, match="cannot save itself"):
+        ProcessSource(os.getpid())
 
 
 def test_ranges_and_mappings_that_are_not_there_are_named() -> None:

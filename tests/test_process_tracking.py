@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from migstream.bitmap import PfnBitmap
 from migstream.errors import GuestError
-from migstream.guests.process import handover, syscalls, tracking, userfaultfd
+from migstream.guests.process import handover, syscalls, userfaultfd
 from migstream.guests.process.pagemap import fill_between, flip
 from migstream.guests.process.ranges import MemoryRange, check, numbered
 from migstream.guests.process.reading import PageReader
@@ -27,22 +27,14 @@ from migstream.guests.process.tracking import DirtyTracker, track
 from migstream.guests.protocols import PAGE_SIZE, HasNotes
 from migstream.guests.registry import open_source
 from tests.guests import pfns
-from tests.processes import Child, child, is_untouched, numbers, tracked
+from tests.processes import Child, child, is_untouched, numbers, tracked, why_no_write_protection
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are tracked on Linux only")
 
 N_PAGES = 700  # more than a chunk of the shadow's, and no multiple of 64
 
 
-def kernel_tracks() -> bool:
-    try:
-        tracking._probe()
-    except userfaultfd.UnsupportedError:
-        return False
-    return sys.platform == "linux" and os.uname().machine == "x86_64"
-
-
-needs_kernel = pytest.mark.skipif(not kernel_tracks(), reason="needs Linux 6.7 or later on x86-64")
+needs_kernel = pytest.mark.skipif(bool(why_no_write_protection()), reason=why_no_write_protection())
 
 
 def by_write_protection(of: Child) -> DirtyTracker:
