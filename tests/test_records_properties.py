@@ -2,61 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
 from migstream.errors import FormatError
-from migstream.records import ByteOrder, Declaration, Record, array_of, envelopes, libxc, libxl, xl
-from migstream.records.fields import WireField
+from migstream.records import ByteOrder, Declaration, libxl
 from migstream.records.page_data import PageData
-
-
-def declarations() -> list[type[Declaration]]:
-    """Every class that declares fields or a record type, without the bases that only share some."""
-    found = {
-        cls
-        for module in (envelopes, libxc, libxl, xl)
-        for _, cls in inspect.getmembers(module, inspect.isclass)
-        if issubclass(cls, Declaration) and cls not in (Declaration, Record)
-    }
-    return sorted(
-        (cls for cls in found if not issubclass(cls, Record) or cls.code >= 0), key=lambda c: c.__qualname__
-    )
-
+from migstream.testing.records import declarations, records
 
 every_declaration = pytest.mark.parametrize("declared", declarations(), ids=lambda cls: cls.__qualname__)
 orders: st.SearchStrategy[ByteOrder] = st.sampled_from(("little", "big"))
-
-
-def values_of(wire: WireField) -> st.SearchStrategy[Any]:
-    """Return what a field may hold, as its wire type says."""
-    if wire.kind == "int":
-        return st.integers(0, (1 << 8 * wire.size) - 1)
-    if wire.kind == "octets":
-        return st.binary(max_size=40) if wire.variable else st.binary(min_size=wire.size, max_size=wire.size)
-    entry = wire.entry
-    if entry is None:
-        integers = st.lists(st.integers(0, (1 << 8 * wire.size) - 1), max_size=5)
-        return integers.map(lambda items: array_of(wire.size, items))
-    return st.lists(instances(entry), max_size=4).map(lambda items: array_of(entry, items))
-
-
-def instances(declared: type[Declaration]) -> st.SearchStrategy[Any]:
-    """Return values of ``declared``; counts follow what they count."""
-    free = {w.name: values_of(w) for w in declared.wire_fields if not w.counts}
-    return st.builds(declared, **free)
 
 
 @every_declaration
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_what_is_built_parses_to_the_same_value(declared: type[Declaration], data: st.DataObject) -> None:
-    value, order = data.draw(instances(declared)), data.draw(orders)
+    value, order = data.draw(records(declared)), data.draw(orders)
     wire = value.build(order)
     assert len(wire) >= declared.head_size
     assert declared.parse(wire, order) == value
@@ -87,7 +52,7 @@ def test_what_parses_builds_the_same_octets_with_any_surplus(
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_json_there_and_back_is_the_same_value(declared: type[Declaration], data: st.DataObject) -> None:
-    wire = data.draw(instances(declared)).build("big")
+    wire = data.draw(records(declared)).build("big")
     surplus = b"" if declared.payload else data.draw(st.binary(max_size=3))
     value = declared.parse(wire + surplus, "big")
     assert declared.from_json(json.loads(json.dumps(value.to_json()))) == value
@@ -99,7 +64,7 @@ def test_json_there_and_back_is_the_same_value(declared: type[Declaration], data
 def test_the_other_byte_order_is_another_form_of_the_same_value(
     declared: type[Declaration], data: st.DataObject
 ) -> None:
-    value = data.draw(instances(declared))
+    value = data.draw(records(declared))
     swapped = declared.parse(value.build("big"), "big")
     assert swapped.build("little") == value.build("little")
     assert hash(swapped) == hash(value)
@@ -111,7 +76,7 @@ def test_the_other_byte_order_is_another_form_of_the_same_value(
 def test_reserved_fields_are_reported_when_and_only_when_they_are_not_zero(
     declared: type[Declaration], data: st.DataObject
 ) -> None:
-    value = data.draw(instances(declared))
+    value = data.draw(records(declared))
     reported = {wire.name: found for wire, found in value.reserved_fields()}
     for wire in declared.wire_fields:
         if wire.reserved:

@@ -10,10 +10,10 @@ from functools import lru_cache
 from migstream.fuzzing.mutations import MUTATIONS, Editing
 from migstream.fuzzing.tree import Node, Tree
 
-__all__ = ["MAX_LENGTH", "Mutation", "mutate"]
+__all__ = ["MAX_LENGTH", "Mutation", "mutate", "mutate_one"]
 
 MAX_LENGTH = 1 << 20  # octets of a mutated stream; what is longer is cut
-TREES_KEPT = 256  # streams of the corpus whose trees are kept from one mutation to the next
+TREES_KEPT = 1024  # streams of the corpus whose trees are kept from one mutation to the next
 TRIES = 8  # mutations looked at until one applies
 STEPS = (1, 1, 1, 1, 2, 2, 3, 5)  # how many mutations a stream gets: mostly few, so that it stays deep
 
@@ -40,9 +40,18 @@ def mutate(
         raise ValueError("the corpus is empty: give at least one stream to begin with")
     chance = random.Random(f"{seed}/{number}")  # noqa: S311 - replayable, not secret
     first = chance.randrange(len(corpus))
-    nodes = list(_nodes(corpus[first]))
+    mutation = mutate_one(corpus[first], corpus, chance, max_length=max_length)
+    began = f"corpus stream {first}, {len(corpus[first])} octets"
+    return Mutation(mutation.octets, (began, *mutation.steps))
+
+
+def mutate_one(
+    stream: bytes, corpus: Sequence[bytes], chance: random.Random, *, max_length: int = MAX_LENGTH
+) -> Mutation:
+    """Return ``stream`` mutated, with parts of others of ``corpus``; everything follows from ``chance``."""
+    nodes = list(_nodes(stream))
     editing = Editing(nodes, chance, lambda: list(_nodes(chance.choice(corpus))))
-    steps = [f"corpus stream {first}, {len(corpus[first])} octets"]
+    steps = []
     for _ in range(chance.choice(STEPS)):
         for _ in range(TRIES):
             mutation = chance.choice(_DRAWN_FROM)

@@ -18,7 +18,7 @@ from migstream.io.inputs import CodecInput, CodecReader, DescriptorInput, FileIn
 from migstream.records import envelopes, libxc, libxl, xl
 from migstream.records.legacy import is_legacy
 
-__all__ = ["layer_at", "open_input"]
+__all__ = ["CODECS", "layer_at", "open_input"]
 
 MAX_WINDOW = 128 << 20  # octets of history that compressed data may ask for: zstd's own --long default
 UNPACK_CHUNK = 128 << 10  # octets of compressed data taken at a time
@@ -162,7 +162,8 @@ class _Unpacker:
         return len(unpacked)
 
 
-_CODECS: dict[bytes, tuple[str, Callable[[Input], CodecReader]]] = {
+#: First octets of a compressed file -> its name, and what unpacks it.
+CODECS: dict[bytes, tuple[str, Callable[[Input], CodecReader]]] = {
     b"\x28\xb5\x2f\xfd": ("zstd", _zstd),
     b"\x1f\x8b\x08": ("gzip", _gzip),
     b"\xfd7zXZ\0": ("xz", _xz),
@@ -192,7 +193,7 @@ def open_input(source: str | os.PathLike[str] | int, timeout_s: float | None = N
 
 def _unpacked(inner: Input) -> Input:
     start = inner.peek(6)
-    for magic, (name, make) in _CODECS.items():
+    for magic, (name, make) in CODECS.items():
         if start.startswith(magic):
             return CodecInput(inner, make(inner), name)
     return inner
