@@ -106,7 +106,7 @@ class FakeQemu:
             ("/machine/cpu", "type"): "qemu64-x86_64-cpu",
         }
         address, bios = self.memory.ctypes.data, self._bios.ctypes.data
-        self.texts = {
+        self.texts: dict[str, str] = {
             "gpa2hva 0": f"Host virtual address for 0x0 (ram) is {address:#x}\r\n",
             "gpa2hva 0xffffe000": f"Host virtual address for 0x0 (pc.bios) is {bios:#x}\r\n",
             "info mtree -f": MTREE.format(last=size - 1).replace("\n", "\r\n"),
