@@ -49,6 +49,11 @@ class Command:
         )
 
     @property
+    def out(self) -> str:
+        """What it has printed to standard output so far."""
+        return _content(self._out)
+
+    @property
     def errors(self) -> str:
         """What it has printed to standard error so far."""
         return _content(self._errors)
@@ -57,7 +62,7 @@ class Command:
         """Wait until it ends. Raises `AssertionError` if a process of its stays behind."""
         code = self.process.wait(timeout_s)
         assert not self.left_behind(), self.left_behind()
-        return Ended(code, _content(self._out), self.errors)
+        return Ended(code, self.out, self.errors)
 
     @property
     def ended(self) -> bool:

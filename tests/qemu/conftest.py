@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.qemu.image import CannotBuildError, Image, build
-from tests.qemu.machine import Machine, boot_flags, flags, machine
+from tests.qemu.machine import TURN, Machine, boot_flags, flags, machine
 
 #: Makes a machine that lives as long as the test: its name (a folder), its flags (`flags()`), and whether
 #: it waits for a migration (``-S -incoming defer``) or stays empty and paused.
 Start = Callable[..., Machine]
-
-WARM = 60  # the guest has written its working set more than once: from here on it checks what it wrote
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +29,7 @@ def booted(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with the state of a running guest, as QEMU's own migration writes it."""
     folder = tmp_path_factory.mktemp("booted")
     with machine(folder / "machine", [*flags(), *boot_flags(image)]) as guest:
-        guest.wait_for_count(WARM)
+        guest.wait_for_count(TURN)  # from here on it checks all that it overwrites
         guest.save(folder / "state")
     return folder / "state"
 

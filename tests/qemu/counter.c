@@ -54,7 +54,7 @@ static void sleep_until_next(struct timespec *tick)
 
 int main(void)
 {
-	uint64_t n_pages = setting("working_set", 48) * PAGES_PER_MIB;
+	uint64_t n_pages = setting("working_set", 20) * PAGES_PER_MIB;
 	uint64_t pages_per_tick = setting("dirty_rate", 10) * PAGES_PER_MIB / TICKS_PER_SECOND;
 	uint64_t *memory = mmap(NULL, n_pages * WORDS * 8, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (memory == MAP_FAILED) {

@@ -30,6 +30,7 @@ PACKAGES = {
     "/usr/lib/x86_64-linux-gnu/libc.a": "libc6-dev",
     "/usr/bin/cpio": "cpio",
     str(BUSYBOX): "busybox-static",
+    "/usr/bin/openssl": "openssl",  # certificates for a test
 }
 
 INIT = """\

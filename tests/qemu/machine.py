@@ -13,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from qemu.qmp import ConnectError
 from qemu.qmp.legacy import QEMUMonitorProtocol, QMPReturnValue
 
 from tests.qemu.image import Image
 
-__all__ = ["ANONYMOUS", "MIB", "Machine", "boot_flags", "counts", "flags", "machine", "wait_until"]
+__all__ = ["ANONYMOUS", "MIB", "TURN", "Machine", "boot_flags", "counts", "flags", "machine", "wait_until"]
 
 MIB = 256  # the memory of a machine unless a test asks for another
+TURN = 25  # counts in which the guest writes, and checks, its whole working set
 
 #: The stream of QEMU's device state without what differs between two machines that are alike.
 ALIKE = ("send-configuration", "store-global-state", "send-section-footer")
@@ -60,7 +62,6 @@ class Machine:
         self._monitor = QEMUMonitorProtocol(str(folder / "monitor"))
         try:
             wait_until("QEMU's monitor", self._listens)
-            self._monitor.connect()
         except BaseException:
             self.end()
             raise
@@ -68,7 +69,10 @@ class Machine:
     def _listens(self) -> bool:
         if self.process.poll() is not None:
             raise RuntimeError(f"QEMU ended at once: {self._log.read_text()}")
-        return (self._serial.parent / "monitor").exists()
+        with contextlib.suppress(ConnectError, OSError):  # the socket is there before QEMU listens at it
+            self._monitor.connect()
+            return True
+        return False
 
     def command(self, name: str, **arguments: object) -> QMPReturnValue:
         """Run a QMP command over the second monitor; raises `qemu.qmp.ExecuteError`."""

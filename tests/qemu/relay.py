@@ -16,14 +16,13 @@ CHUNK = 256 << 10  # octets passed on at a time
 class Relay:
     """Passes octets on from ``address`` to another Unix socket.
 
-    ``hold`` is asked before each piece of the stream, with the octets passed on so far. Once it says yes
-    nothing passes: `held` is set, until `release` or `cut`.
+    ``hold`` is asked before each piece of the stream. Once it says yes nothing passes: `held` is set, until
+    `release` or `cut`.
     """
 
-    def __init__(self, path: Path, destination: Path, hold: Callable[[int], bool]) -> None:
+    def __init__(self, path: Path, destination: Path, hold: Callable[[], bool]) -> None:
         self.address = f"unix:{path}"
         self.held = threading.Event()
-        self.octets = 0
         self._hold = hold
         self._released = threading.Event()
         self._cut = False
@@ -59,13 +58,12 @@ class Relay:
                 answers = threading.Thread(target=_copy, args=(receiver, sender), daemon=True)
                 answers.start()
                 for piece in _pieces(sender):
-                    if not self._released.is_set() and self._hold(self.octets):
+                    if not self._released.is_set() and self._hold():
                         self.held.set()
                         self._released.wait()
                     if self._cut:
                         break
                     receiver.sendall(piece)
-                    self.octets += len(piece)
                 else:
                     receiver.shutdown(socket.SHUT_WR)
                     answers.join()
@@ -86,7 +84,7 @@ def _copy(origin: socket.socket, to: socket.socket) -> None:
 
 
 @contextlib.contextmanager
-def relay(path: Path, destination: Path, hold: Callable[[int], bool]) -> Iterator[Relay]:
+def relay(path: Path, destination: Path, hold: Callable[[], bool]) -> Iterator[Relay]:
     """Listen at ``path`` for one connection, which goes on to the socket ``destination``."""
     passing = Relay(path, destination, hold)
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.qemu.machine import Machine, counts
+from tests.qemu.machine import TURN, Machine, counts
 
 
 def test_a_guest_runs_on_from_the_booted_state(source: Machine) -> None:
@@ -20,13 +20,13 @@ def test_a_guest_runs_on_from_the_booted_state(source: Machine) -> None:
 def test_a_guest_moved_by_qemu_itself_counts_on_without_a_gap(
     source: Machine, destination: Machine, tmp_path: Path
 ) -> None:
-    source.wait_for_count(70)
+    source.wait_for_count(TURN + 5)
     source.save(tmp_path / "state")
     destination.load(tmp_path / "state")
     assert (source.memory() == destination.memory()).all()
     last = source.count
     destination.command("cont")
-    destination.wait_for_count(last + 60)  # more than one turn of the working set: the guest checks it all
+    destination.wait_for_count(last + TURN)
     found = counts(source.serial + destination.serial)
     assert found == list(range(found[0], found[-1] + 1))
 
@@ -46,4 +46,4 @@ def test_the_guest_finds_a_page_that_was_brought_in_an_older_state(
     destination.memory()[written[-1]] = older[written[-1]]
     destination.command("cont")
     with pytest.raises(AssertionError, match=r"CORRUPT page \d+ word 0: expected"):
-        destination.wait_for_count(source.count + 60)
+        destination.wait_for_count(source.count + TURN)
