@@ -295,6 +295,9 @@ print(len(sys.stdin.read()))
     with program(code) as process:
         with contextlib.suppress(RefusedError):  # a kernel without CONFIG_CHECKPOINT_RESTORE
             inject(process.pid)
+            with Tracer(process.pid) as tracer:
+                tracer.stop()
+                os.close(tracer.userfaultfd())
         assert status(process.pid, "Seccomp") == {"Seccomp": "2"}
         assert process.communicate("abc")[0] == "3\n"
 
@@ -305,4 +308,9 @@ def test_the_descriptor_limit_of_the_process_is_its_answer() -> None:
     with program(code) as process:
         with pytest.raises(RefusedError, match="userfaultfd call failed: Too many open files"):
             inject(process.pid)
+        with Tracer(process.pid) as tracer:
+            tracer.stop()
+            with pytest.raises(RefusedError, match="Too many open files"):
+                tracer.userfaultfd()
+            assert tracer.holds
         assert process.communicate("abc")[0] == "3\n"

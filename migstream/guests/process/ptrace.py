@@ -23,6 +23,7 @@ kernel/signal.c, get_signal; arch/x86/kernel/signal.c, arch_do_signal_or_restart
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import struct
@@ -32,8 +33,15 @@ from pathlib import Path
 __all__ = ["EndedError", "NotStoppedError", "Registers", "Tracee", "find_system_call", "threads"]
 
 # Requests, options and events: linux/ptrace.h.
-PEEKDATA, POKEDATA, CONT, GETREGS, SETREGS, DETACH, SYSCALL = 2, 5, 7, 12, 13, 17, 24
-SEIZE, INTERRUPT, GETSIGMASK, SETSIGMASK, GET_RSEQ = 0x4206, 0x4207, 0x420A, 0x420B, 0x420F
+POKEDATA, CONT, GETREGS, SETREGS, DETACH, SYSCALL = 5, 7, 12, 13, 17, 24
+SETOPTIONS, SEIZE, INTERRUPT, GETSIGMASK, SETSIGMASK, GET_RSEQ = (
+    0x4200,
+    0x4206,
+    0x4207,
+    0x420A,
+    0x420B,
+    0x420F,
+)
 TRACESYSGOOD = 1 << 0
 SUSPEND_SECCOMP = 1 << 21
 EVENT_STOP = 128
@@ -108,12 +116,13 @@ class Tracee:
     def __init__(self, tid: int) -> None:
         self.tid = tid
 
-    def seize(self, *, suspend_seccomp: bool = False) -> None:
-        """Start to trace; the thread runs on. Raises `OSError` (EPERM: no right to, or traced already).
+    def seize(self) -> None:
+        """Start to trace; the thread runs on. Raises `OSError` (EPERM: no right to, or traced already)."""
+        self._ptrace(SEIZE, 0, TRACESYSGOOD)
 
-        ``suspend_seccomp`` lets our call past the thread's filter; it takes CAP_SYS_ADMIN.
-        """
-        self._ptrace(SEIZE, 0, TRACESYSGOOD | (SUSPEND_SECCOMP if suspend_seccomp else 0))
+    def suspend_seccomp(self) -> None:
+        """Lift the halted thread's filter of system calls until `detach`. Raises `OSError` (EPERM)."""
+        self._ptrace(SETOPTIONS, 0, TRACESYSGOOD | SUSPEND_SECCOMP)
 
     def interrupt(self) -> None:
         """Ask the thread to halt; `wait_halted` follows."""
@@ -146,7 +155,7 @@ class Tracee:
         """
         own = self.registers()
         if own.cs != USER_CODE_64:
-            raise OSError(8, f"thread {self.tid} runs 32-bit code")
+            raise OSError(errno.ENOEXEC, f"thread {self.tid} runs 32-bit code")
         mask = self._signal_mask()
         critical_section = self._critical_section()
         ours = Registers.from_buffer_copy(own)
@@ -198,13 +207,9 @@ class Tracee:
         (area,) = struct.unpack_from("=Q", configuration)
         if not area:
             return None
-        value = ctypes.c_uint64()
-        data = os.open(f"/proc/{self.tid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            (value.value,) = struct.unpack("=Q", os.pread(data, 8, area + RSEQ_CS_AT))
-        finally:
-            os.close(data)
-        return (area + RSEQ_CS_AT, value.value) if value.value else None
+        with open(f"/proc/{self.tid}/mem", "rb", buffering=0) as memory:
+            (pointer,) = struct.unpack("=Q", os.pread(memory.fileno(), 8, area + RSEQ_CS_AT))
+        return (area + RSEQ_CS_AT, pointer) if pointer else None
 
     def _run_until(self, request: int, stop: int | None, event: int) -> None:
         """Resume the thread until it halts with the signal ``stop`` and ``event``; pass others on."""
@@ -236,6 +241,6 @@ class Tracee:
         ctypes.set_errno(0)
         if _libc.ptrace(request, self.tid, address, data) < 0:
             code = ctypes.get_errno()
-            if code == 3 and request != SEIZE:  # ESRCH of a tracee: it was killed
+            if code == errno.ESRCH and request != SEIZE:  # a tracee that was killed
                 raise EndedError(f"thread {self.tid} has ended")
             raise OSError(code, os.strerror(code))

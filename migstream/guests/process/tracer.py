@@ -44,7 +44,7 @@ class Tracer:
                 [sys.executable, "-P", "-S", "-m", "migstream.guests.process.tracing_child", str(self.pid)],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
                 start_new_session=True,
             )
         self._channel = ours
@@ -98,10 +98,13 @@ class Tracer:
                 f"the child that traces process {self.pid} was killed; the process is stopped no longer; "
                 "save it again"
             )
-        found = json.loads(answer)
-        if found["refused"] or found["ended"]:
+        found: dict[str, str] = json.loads(answer)
+        if found.get("last"):
             self.close()
-            raise RefusedError(found["refused"]) if found["refused"] else GuestError(found["ended"])
+        if "refused" in found:
+            raise RefusedError(found["refused"])
+        if "ended" in found:
+            raise GuestError(found["ended"])
         return fds
 
     def close(self) -> None:

@@ -65,19 +65,33 @@ class Worker:
     def _halted_thread(self) -> Iterator[Tracee]:
         """Halt one thread of the process for as long as the block runs; all others go on."""
         if self._held:
-            yield next(iter(self._held.values()))
+            thread = next(iter(self._held.values()))
+            self._pass_seccomp(thread)
+            yield thread
             return
         states = threads(self.pid)
         if not states:
             raise EndedError
-        tid = min(states, key=lambda tid: (states[tid] == "D", tid))  # not one that may wait for a disk
-        thread = self._seized(tid, suspend_seccomp=_has_seccomp(tid))
+        thread = self._seized(min(states, key=lambda tid: (states[tid] == "D", tid)))  # D: waits for a disk
         thread.interrupt()
         thread.wait_halted(time.monotonic() + STOP_WITHIN_S)
         try:
+            self._pass_seccomp(thread)
             yield thread
         finally:
             thread.detach()
+
+    def _pass_seccomp(self, thread: Tracee) -> None:
+        """Lift a filter of system calls, which might kill the process for ours."""
+        if _status(thread.tid, "Seccomp") in ("", "0"):
+            return
+        try:
+            thread.suspend_seccomp()
+        except OSError as exc:
+            raise _RefusedError(
+                f"process {self.pid} is confined by seccomp, which only root (CAP_SYS_ADMIN) can lift for "
+                f"the moment: {exc.strerror}"
+            ) from exc
 
     def stop(self) -> list[int]:
         """Halt every thread; new ones come up only while not all are halted."""
@@ -113,26 +127,21 @@ class Worker:
         self._held.clear()
         return []
 
-    def _seized(self, tid: int, *, suspend_seccomp: bool = False) -> Tracee:
+    def _seized(self, tid: int) -> Tracee:
         thread = Tracee(tid)
         try:
-            thread.seize(suspend_seccomp=suspend_seccomp)
+            thread.seize()
         except OSError as exc:
             if tid not in threads(self.pid):
                 raise EndedError from exc
-            raise _RefusedError(self._why_not(tid, exc, suspend_seccomp)) from exc
+            raise _RefusedError(self._why_not(tid, exc)) from exc
         return thread
 
-    def _why_not(self, tid: int, exc: OSError, suspend_seccomp: bool) -> str:
+    def _why_not(self, tid: int, exc: OSError) -> str:
         if tracer := int(_status(tid, "TracerPid")):
             return (
                 f"process {self.pid} is traced by process {tracer} already (a debugger, strace or another "
                 "save); end that first"
-            )
-        if suspend_seccomp:
-            return (
-                f"process {self.pid} is confined by seccomp, which only root (CAP_SYS_ADMIN) can lift for "
-                f"the moment: {exc.strerror}"
             )
         return (
             f"process {self.pid} may not be traced: {exc.strerror}; run as root (CAP_SYS_PTRACE), or as its "
@@ -147,16 +156,33 @@ def _copy(pidfd: int, number: int) -> int:
         raise _RefusedError(f"its userfaultfd could not be taken over: {exc.strerror}") from exc
 
 
-def _has_seccomp(tid: int) -> bool:
-    return _status(tid, "Seccomp") not in ("", "0")
-
-
 def _status(tid: int, field: str) -> str:
     """Return a field of /proc/TID/status, empty if there is none."""
     for line in Path(f"/proc/{tid}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return line.partition(":")[2].strip()
     return ""
+
+
+def _answer(worker: Worker, request: bytes) -> tuple[dict[str, str], list[int]]:
+    """Do what is asked; return what went wrong, if anything, and descriptors.
+
+    ``refused`` and ``ended`` (the process has) are messages, ``last`` is set where this process has to end,
+    so that the kernel lets go of what was halted so far.
+    """
+    last = "yes" if request == b"stop" else ""
+    ended = {"ended": f"process {worker.pid} has ended, or there never was one", "last": "yes"}
+    try:
+        return {}, worker.requests[request]()
+    except _RefusedError as exc:
+        return {"refused": str(exc), "last": last}, []
+    except NotStoppedError as exc:
+        why = "it may wait for a disk, or for a child that it made by vfork; try again"
+        return {"refused": f"{exc} within {STOP_WITHIN_S:g} s: {why}", "last": "yes"}, []
+    except (EndedError, FileNotFoundError, ProcessLookupError):
+        return ended, []
+    except OSError as exc:
+        return {"refused": f"process {worker.pid}: {exc.strerror}", "last": last}, []
 
 
 def main() -> None:
@@ -166,28 +192,15 @@ def main() -> None:
         for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(ignored, signal.SIG_IGN)
         while request := channel.recv(64):
-            fds: list[int] = []
-            answer = {"refused": "", "ended": ""}
-            try:
-                fds = worker.requests[request]()
-            except _RefusedError as exc:
-                answer["refused"] = str(exc)
-            except (EndedError, FileNotFoundError, ProcessLookupError):
-                answer["ended"] = f"process {worker.pid} has ended, or there never was one"
-            except NotStoppedError as exc:
-                answer["refused"] = (
-                    f"{exc} within {STOP_WITHIN_S:g} s; it may wait for a disk or for its child"
-                )
-            except OSError as exc:
-                answer["refused"] = f"process {worker.pid}: {exc.strerror}"
+            answer, fds = _answer(worker, request)
             try:
                 socket.send_fds(channel, [json.dumps(answer).encode()], fds)
             except OSError:  # nobody is there any more
                 return
             for fd in fds:
                 os.close(fd)
-            if answer["refused"] or answer["ended"]:
-                return  # the kernel lets go of what was halted by then
+            if answer.get("last"):
+                return
 
 
 if __name__ == "__main__":
