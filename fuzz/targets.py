@@ -34,7 +34,7 @@ from migstream.io.writer import StreamWriter
 from migstream.legacy import convert_legacy
 from migstream.records import libxc
 from migstream.records.libxc import GuestType
-from migstream.verification import RULES, Severity, Verdict, verify
+from migstream.verification import RULES, Finding, Severity, Verdict, verify
 
 __all__ = ["TARGETS", "Target"]
 
@@ -132,10 +132,15 @@ def _restore(octets: bytes) -> str:
     broken = {
         finding.rule.id
         for finding in verdict.findings
-        if finding.severity is Severity.ERROR and finding.layer == "libxc"
+        if finding.severity is Severity.ERROR and finding.layer == "libxc" and not _is_origin(finding)
     } - TAKEN
     assert kind is not StreamType.PLAIN or not broken, f"restored, though {' '.join(sorted(broken))}"
     return "restored"
+
+
+def _is_origin(finding: Finding) -> bool:
+    """Whether it is about a record that a model has no use for, so that restore leaves it alone."""
+    return finding.record is not None and finding.record.type == libxc.Origin.type
 
 
 def _names_pv(octets: bytes) -> bool:
