@@ -19,10 +19,11 @@ from migstream.legacy.chunks import CHUNKS
 from migstream.records import Declaration, envelopes, libxc, libxl, record_types, xl
 from migstream.records.hvm_params import HvmParam
 from migstream.records.page_types import PageType
+from migstream.transport import messages
 from migstream.verification.rules import RULES, Severity
 
 HERE = Path(__file__).parent
-MODULES = {"envelopes": envelopes, "libxc": libxc, "libxl": libxl, "xl": xl}
+MODULES = {"envelopes": envelopes, "libxc": libxc, "libxl": libxl, "messages": messages, "xl": xl}
 MARK = re.compile(r"(<!-- (fields|enum|types|layout|chunks) ?(\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

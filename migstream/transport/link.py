@@ -52,6 +52,7 @@ class Link:
         self.timeout_s = timeout_s
         self.sent = 0
         self._deadline: float | None = None
+        self._allowed_s = timeout_s  # what an error says that was waited
         if sock.family != socket.AF_UNIX:
             _watch_host(sock, timeout_s or SILENCE_S)
 
@@ -73,11 +74,11 @@ class Link:
     @contextlib.contextmanager
     def within(self, seconds: float) -> Iterator[None]:
         """Bound everything in the block together, whatever ``timeout_s`` is."""
-        self._deadline = time.monotonic() + seconds
+        self._deadline, self._allowed_s = time.monotonic() + seconds, seconds
         try:
             yield
         finally:
-            self._deadline = None
+            self._deadline, self._allowed_s = None, self.timeout_s
 
     def _limit(self) -> float | None:
         """Return the seconds that the next call may wait."""
@@ -95,8 +96,9 @@ class Link:
             yield
         except TimeoutError as exc:
             if exc.errno is None:
-                limit = "" if self.timeout_s is None else f" for {self.timeout_s:g} s"
-                raise DeadlineError(f"{self.peer} did nothing{limit} while {doing}") from None
+                raise DeadlineError(
+                    f"{self.peer} did nothing for {self._allowed_s:g} s while {doing}"
+                ) from None
             raise ConnectionLostError(f"{self.peer} is dead to the network: {exc.strerror}") from exc
         except ssl.SSLEOFError:
             raise self._gone(doing) from None
@@ -155,10 +157,10 @@ class Link:
 
     def receive(self, expected: type[M], doing: str) -> M:
         """Return the next message. Raises `RemoteError` for a refusal, `ProtocolError` for any other kind."""
-        octets = self.read(MessageHead.head_size, doing=doing)
-        head = MessageHead.parse(octets)
-        if head.magic != MAGIC:
-            raise self._strange(octets, doing)
+        magic = self.read(len(MAGIC), doing=doing)  # by itself: what another protocol says may be shorter
+        if magic != MAGIC:
+            raise self._strange(magic, doing)
+        head = MessageHead.parse(magic + self.read(MessageHead.head_size - len(MAGIC), doing=doing))
         declared = MESSAGES.get(head.kind)
         if declared not in (expected, Refuse, Failed) or head.length > LONGEST_BODY:
             found = declared.kind.name if declared else f"a message of the kind {head.kind}"
@@ -188,12 +190,12 @@ class Link:
                 return said
         return error
 
-    def _strange(self, octets: bytes, doing: str) -> ProtocolError:
-        if octets.startswith(TLS_RECORD) and not self.is_tls:
+    def _strange(self, magic: bytes, doing: str) -> ProtocolError:
+        if magic.startswith(TLS_RECORD) and not self.is_tls:
             return ProtocolError(f"{self.peer} speaks TLS, and this end does not: {TLS_HINT}")
         return ProtocolError(
             f"{self.peer} is no migstream of this kind: expected a message that begins with {MAGIC.hex(' ')} "
-            f"while {doing}, found {octets.hex(' ')}"
+            f"while {doing}, found {magic.hex(' ')}"
         )
 
     # The end
@@ -204,10 +206,13 @@ class Link:
         Where octets of the other end are unread, closing resets the connection, which stops a sender in the
         midst of its stream; what the other end's kernel has confirmed by then can still be read there.
         """
-        with contextlib.suppress(ConnectionLostError, DeadlineError, TlsError), self.within(LAST_WORD_S):
+        with contextlib.suppress(MigstreamError, OSError), self.within(LAST_WORD_S):
             self.send(message)
+            broken = select.poll()
+            broken.register(self.sock, 0)
             while self.sock.family != socket.AF_UNIX and self._unconfirmed() and self._limit():
-                time.sleep(0.005)
+                if broken.poll(5):  # milliseconds
+                    break
 
     def _unconfirmed(self) -> int:
         """Return how many octets wait to be confirmed by the other end's kernel (``SIOCOUTQ``)."""

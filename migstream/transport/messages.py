@@ -158,7 +158,7 @@ class Go(Message, kind=Kind.GO):
 class Running(Message, kind=Kind.RUNNING):
     """The receiver's last word."""
 
-    state: int = u8("COMPLETE: it is no guest that runs", names=GuestState)
+    state: int = u8("what became of the guest; COMPLETE where it is none that runs", names=GuestState)
     reserved1: bytes = reserved(7, default=bytes(7))
 
 

@@ -12,8 +12,9 @@ import threading
 from collections.abc import Callable, Iterator
 
 from migstream.engines.migrate import Transport, open_channel
-from migstream.errors import FormatError, MigstreamError
+from migstream.errors import FormatError, MigstreamError, TruncatedError
 from migstream.io import fd as fdio
+from migstream.transport.errors import ConnectionLostError
 from migstream.transport.framing import CHUNK, HEAD_SIZE, LARGEST, SLACK, ChunkReader, ChunkWriter
 from migstream.transport.link import Link
 from migstream.transport.messages import Content, Failed
@@ -78,8 +79,13 @@ def incoming(link: Link, reader: ChunkReader | None) -> Iterator[int]:
 
     When the block fails, the connection can still be written to.
     """
-    with _bare(link) if reader is None else _chunks_in(link, reader) as fd:
-        yield fd
+    try:
+        with _bare(link) if reader is None else _chunks_in(link, reader) as fd:
+            yield fd
+    except TruncatedError as exc:
+        raise ConnectionLostError(
+            f"{link.peer} closed the connection in the midst of the stream ({exc}); its own message says why"
+        ) from exc
 
 
 @contextlib.contextmanager

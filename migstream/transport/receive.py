@@ -7,7 +7,6 @@ end.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import ssl
 from collections.abc import Callable
@@ -150,9 +149,9 @@ def _accept(
         peer = _name(name)
         try:
             link, offer = _hear(sock, context, peer, timeout_s)
-        except MigstreamError as exc:
+        except (MigstreamError, OSError) as exc:
             sock.close()
-            ignored(peer, exc)
+            ignored(peer, exc if isinstance(exc, MigstreamError) else ConnectionLostError(_reason(exc)))
         except BaseException:
             sock.close()
             raise
@@ -182,8 +181,7 @@ def _hear(
     except MigstreamError as exc:
         if not isinstance(exc, ConnectionLostError):
             link.say_last(Refuse(reason=text(str(exc))))
-        with contextlib.suppress(OSError):
-            link.sock.close()
+        link.sock.close()
         raise
     return link, offer
 

@@ -45,6 +45,19 @@ ALERTS = {
     "PROTOCOL_VERSION": "does not speak TLS 1.3",
     "HANDSHAKE_FAILURE": "has no cipher in common with us",
 }
+_STRANGE = "it does not come from the authority in --tls-ca"
+_MISNAMED = "if it is the right host, say what the certificate names by --tls-name"
+#: OpenSSL's reasons to refuse a certificate (X509_V_ERR_*) -> what it means here.
+REMEDIES = {
+    9: "make a new one, or set the clocks right",  # not yet valid
+    10: "make a new one, or set the clocks right",  # expired
+    18: _STRANGE,
+    19: _STRANGE,
+    20: _STRANGE,
+    21: _STRANGE,
+    62: _MISNAMED,  # host
+    64: _MISNAMED,  # address
+}
 #: Reasons for which OpenSSL gives up on octets that are no TLS.
 NOT_TLS = {
     "WRONG_VERSION_NUMBER",
@@ -118,7 +131,9 @@ def explain(error: ssl.SSLError, peer: str) -> MigstreamError:
     """Return what an error of OpenSSL means to a user."""
     reason = error.reason or str(error)
     if isinstance(error, ssl.SSLCertVerificationError):
-        return TlsError(f"the certificate of {peer} is refused: {error.verify_message}")
+        remedy = REMEDIES.get(error.verify_code)
+        hint = f"; {remedy}" if remedy else ""
+        return TlsError(f"the certificate of {peer} is refused: {error.verify_message.rstrip('.')}{hint}")
     if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
         return TlsError(f"{peer} has no certificate: it needs --tls-cert and --tls-key")
     if reason in NOT_TLS:
