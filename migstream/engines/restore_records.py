@@ -91,12 +91,15 @@ class RecordApplier:
             ) from None
 
     def end_static_data(self) -> None:
-        """Apply the CPU policies, last one of each, and tell the caller which are missing."""
+        """Apply the CPU policies, last one of each, and tell the caller which are missing.
+
+        They are Xen's: what names another origin misses none.
+        """
         self.layout.note(libxc.StaticDataEnd)
         for kind, flag in _POLICIES:
             if kind in self._policies:
                 self.target.apply(self._policies[kind])
-            else:
+            elif libxc.Origin not in self.layout.seen:
                 self.missing |= flag
         if self._static_data_done is not None:
             answer = self._static_data_done(self.missing)

@@ -14,6 +14,7 @@ from migstream.errors import GuestError, MigstreamError
 from migstream.guests.qemu.ram_map import RamMap
 from migstream.guests.qemu.source import QemuSource
 from migstream.guests.qemu.target import QemuTarget
+from tests.qemu.commands import run
 from tests.qemu.conftest import Start
 from tests.qemu.machine import ANONYMOUS, Machine, flags, machine, wait_until
 
@@ -261,3 +262,28 @@ def test_a_qemu_that_died_is_told_as_such(start: Start) -> None:
         machine.kill()
         with pytest.raises(GuestError, match="QEMU is gone"):
             guest.suspend()
+
+
+def test_the_last_complete_checkpoint_is_what_the_destination_gets(
+    source: Machine, destination: Machine, tmp_path: Path
+) -> None:
+    stream = tmp_path / "stream"
+    saved = run("save", f"qemu:{source.qmp}", str(stream), "--type", "remus", "--checkpoints", "3")
+    assert saved.code == 0, saved
+    assert source.status == "running"
+    assert source.tracked == []
+    restored = run("restore", str(stream), f"qemu:{destination.qmp}", "--type", "remus")
+    assert restored.code == 0, restored
+    assert "failed over to checkpoint 3" in restored.out
+    destination.wait_for_count(10)
+
+
+@pytest.mark.parametrize("name", ["send-configuration", "store-global-state"])
+def test_other_settings_of_qemus_migration_need_not_be_the_same(
+    start: Start, tmp_path: Path, name: str
+) -> None:
+    source = start("source", PLAIN, incoming=False)
+    destination = start("destination", [*PLAIN, "-global", f"migration.{name}=off"])
+    save(source, tmp_path / "stream")
+    load(tmp_path / "stream", destination)
+    assert destination.status == "paused"
