@@ -131,7 +131,8 @@ class ProcessSource(SuspendedImage):
         """Start to track writes, by whichever way works. Raises `GuestError` if they are tracked already."""
         self.disable_dirty_log()
         uffd, self._uffd = self._uffd, None  # good for one tracker
-        self._tracker = track(self.pid, self.ranges, views=self._views, uffd=uffd, tracer=self._tracer)
+        # Without our views: to compare with a file that the process cuts short would be our end (SIGBUS).
+        self._tracker = track(self.pid, self.ranges, uffd=uffd, tracer=self._tracer)
         self._notes = [f"writes were tracked by {self._tracker.name}: {self._tracker.why}"]
 
     def disable_dirty_log(self) -> None:
