@@ -16,7 +16,7 @@ help:
 	@echo "make lint         ruff check, ruff format --check, mypy --strict"
 	@echo "make bench        the ratios of the README, on streams that it makes (needs 14 GB of disk, 16 GB of memory)"
 	@echo "make bench-quick  the same on small streams: does it run, not how fast"
-	@echo "make fuzz         mutate small streams for a minute; any error but our own is a finding"
+	@echo "make fuzz         every fuzz target on mutated vectors, a minute in all; any error but our own is a finding"
 	@echo "make spec         regenerate the tables of spec/"
 	@echo "make format       let ruff format and mend"
 	@echo "make clean        remove what these commands made"
@@ -28,7 +28,7 @@ $(READY): pyproject.toml
 	  { echo "migstream needs Python 3.11 or later; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo "python3 cannot make a venv here; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,lint,fuzz]'
 	@touch $@
 
 demo: $(READY)
