@@ -10,6 +10,7 @@ from migstream.io.inputs import Input
 from migstream.io.layers import Layer
 from migstream.records import (
     MAX_RECORD_LENGTH,
+    RECORD_ALIGNMENT,
     OpaqueRecord,
     PageData,
     Record,
@@ -277,6 +278,8 @@ class Frame(Payload):
         """Skip what is left of the body and read the padding. Done by the stream's next step anyway."""
         if self._left:
             self.skip()
+        if not self.length & RECORD_ALIGNMENT - 1:  # as nearly always
+            return
         missing = padding_length(self.length) - len(self.padding)
         if missing:
             piece = self._stream.input.read(missing)

@@ -164,6 +164,9 @@ class Stream:
             yield frame
             frame.finish()
             index += 1
+            if (layer.name, frame.code) not in _NEXT:  # as nearly always
+                self._at_checkpoint = False
+                continue
             step = self._step(layer.name, frame.code)
             if step == "end":
                 break
@@ -175,11 +178,8 @@ class Stream:
         self.ending = "end"
 
     def _step(self, name: str, code: int) -> str:
-        """Return what follows a record: a layer's name, ``header`` or ``end``."""
-        step = _NEXT.get((name, code))
-        if step is None:  # as nearly always
-            self._at_checkpoint = False
-            return name
+        """Return what follows a record of `_NEXT`: a layer's name, ``header`` or ``end``."""
+        step = _NEXT[name, code]
         if (name, code) == ("libxl", libxl.CheckpointState.code):
             return "libxc" if self._at_checkpoint else "libxl"
         bare = "libxl" not in self._open
@@ -195,8 +195,9 @@ class Stream:
         return step
 
     def _next_frame(self, layer: Layer, index: int) -> Frame | None:
-        offset = self.position
-        head = self.input.read(_HEADER_SIZE)
+        source = self.input
+        offset = source.position
+        head = source.read(_HEADER_SIZE)
         if len(head) < _HEADER_SIZE:
             if not head and self.checkpoints:
                 return None
