@@ -1,0 +1,302 @@
+"""What the engines ask, and tell, by properties: callbacks' answers, policies, rates, progress, limits."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from typing import get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from migstream.engines.channel import TokenBucket
+from migstream.engines.common import StreamType
+from migstream.engines.policies import POLICIES, Decision, PrecopyStats, parse_policies
+from migstream.engines.progress import PassKind, PassLog, PassReport, PassStart, show
+from migstream.engines.restore import Outcome, RestoreCallbacks, RestoreResult, SpillError, restore
+from migstream.errors import StreamError
+from migstream.guests.model import ModelGuest
+from migstream.io import reader
+from migstream.records.libxc import GuestType
+from migstream.testing import N_PAGES, streams
+from spec.vectors.checkpoints import STATE
+from spec.vectors.words import (
+    CHECKPOINT_COMPLETE,
+    CHECKPOINTED,
+    CONSOLE_PFN,
+    CONTEXT_FOLLOWS,
+    ENDED,
+    FIRST_CHECKPOINT,
+    PAGES,
+    QEMU,
+    STATIC,
+    STORE_PFN,
+    TAIL,
+    entries,
+    hvm,
+    params,
+)
+from tests.build import VERIFY, libxl, page, record
+
+QUICK = settings(max_examples=60, deadline=None)
+GO_ON = RestoreCallbacks(
+    checkpoint=lambda: 1,
+    postcopy=lambda: 1,
+    wait_checkpoint=lambda: 1,
+    suspend=lambda: 1,
+    restore_results=lambda store, console: None,
+)
+
+
+def target(guest: GuestType = GuestType.HVM) -> ModelGuest:
+    return ModelGuest.empty(N_PAGES, guest)
+
+
+# Callbacks
+
+
+@QUICK
+@given(
+    st.sampled_from([StreamType.REMUS, StreamType.COLO]),
+    st.lists(st.sampled_from([1, 1, 1, 1, 1, 1, 1, 2, 0, -1, 3]), min_size=12, max_size=12),
+    st.booleans(),
+)
+def test_the_first_callback_that_does_not_say_go_on_decides(
+    stream_type: StreamType, answers: list[int], wrapped: bool
+) -> None:
+    """Checkpoint 1, 2 and 3, each with one callback (Remus) or four (COLO); then the sender is gone."""
+    states = (FIRST_CHECKPOINT, STATE + CHECKPOINTED, STATE + CHECKPOINTED)
+    octets = b"".join(states)
+    if wrapped:
+        octets = libxl(CONTEXT_FOLLOWS, *(state + QEMU + CHECKPOINT_COMPLETE for state in states))
+    script = iter(answers)
+    asked: list[tuple[str, int]] = []
+
+    def answering(name: str) -> int:
+        asked.append((name, next(script)))
+        return asked[-1][1]
+
+    callbacks = RestoreCallbacks(
+        checkpoint=lambda: answering("checkpoint"),
+        postcopy=lambda: answering("postcopy"),
+        wait_checkpoint=lambda: answering("wait_checkpoint"),
+        suspend=lambda: answering("suspend"),
+        restore_results=lambda store, console: None,
+    )
+    result = RestoreResult()
+    back_channel = os.open(os.devnull, os.O_WRONLY)
+    try:
+        restore(
+            target(),
+            reader.open_memory(octets),
+            stream_type=stream_type,
+            callbacks=callbacks,
+            send_back_fd=back_channel,
+            result=result,
+        )
+        failed = False
+    except StreamError:
+        failed = True
+    finally:
+        os.close(back_channel)
+    name, last = asked[-1]
+    assert all(answer == 1 for _, answer in asked[:-1])
+    first_checkpoint = len(asked) == 1
+    if last == 1:
+        assert len(asked) == (12 if stream_type is StreamType.COLO else 3)
+    assert failed == (last not in {1, 2} or (last == 2 and first_checkpoint))
+    if not failed:
+        assert result.result is Outcome.FAILED_OVER
+        asks = sum(asked_name == "checkpoint" for asked_name, _ in asked)
+        assert result.checkpoints == asks - (last == 2 and name == "checkpoint")
+        assert [type(kept).__name__ for kept in result.libxl_records] == ["EmulatorContext"] * wrapped
+
+
+@QUICK
+@given(streams(), st.integers(-3, 3))
+def test_static_data_done_is_asked_once_and_anything_but_0_ends_the_restore(
+    octets: bytes, answer: int
+) -> None:
+    asked = []
+
+    def static_data_done(missing: object) -> int:
+        asked.append(missing)
+        return answer
+
+    stream = reader.open_memory(octets)
+    try:
+        restore(target(), stream, callbacks=RestoreCallbacks(static_data_done=static_data_done))
+        done = True
+    except StreamError:
+        done = False
+    assert len(asked) <= 1
+    assert not (done and answer)
+
+
+# Options
+
+
+@QUICK
+@given(
+    st.lists(st.tuples(st.sampled_from([STORE_PFN, CONSOLE_PFN]), st.integers(0, 4)), min_size=1, max_size=3),
+    st.booleans(),
+    st.integers(1, 3),
+)
+def test_rings_are_emptied_only_when_that_is_asked_for(
+    rings: list[tuple[int, int]], reset: bool, filled: int
+) -> None:
+    pages = entries(*range(filled), pages=b"".join(page(7 + pfn) for pfn in range(filled)))
+    guest = target()
+    octets = hvm(STATIC, pages, params(*rings, (STORE_PFN, 1 << 40)), TAIL, ENDED)
+    restore(guest, reader.open_memory(octets), reset_rings=reset)
+    emptied = {pfn: kind for kind, pfn in sorted(rings, reverse=True) if pfn < filled} if reset else {}
+    emptied |= {1: STORE_PFN} if reset and filled > 1 and 1 not in emptied else {}  # TAIL's own
+    for pfn in range(filled):
+        memory = bytearray(guest.memory.octets[pfn * 4096 : (pfn + 1) * 4096])
+        if pfn in emptied:
+            memory[3088] = 0  # the console's connection flag
+            assert not any(memory)
+        else:
+            assert set(memory) == {7 + pfn}
+
+
+@QUICK
+@given(st.lists(st.booleans(), min_size=2, max_size=2), st.booleans())
+def test_pages_that_differ_behind_verify_are_told_and_fail_the_restore_where_asked(
+    differs: list[bool], fails: bool
+) -> None:
+    again = entries(0, 1, pages=b"".join(page(9 if other else 1 + pfn) for pfn, other in enumerate(differs)))
+    octets = hvm(STATIC, PAGES, record(VERIFY), again, TAIL, ENDED)
+    result = RestoreResult()
+    try:
+        restore(target(), reader.open_memory(octets), verify_fails=fails, result=result)
+        refused = False
+    except StreamError:
+        refused = True
+    assert refused == (fails and any(differs))
+    assert result.verify_mismatches.tolist() == [pfn for pfn, other in enumerate(differs) if other]
+
+
+@QUICK
+@given(st.integers(0, 3 * 4136))
+def test_a_checkpoint_may_wait_within_its_limit_and_no_further(limit: int) -> None:
+    waiting = entries(1, pages=page(9)) * 3
+    octets = FIRST_CHECKPOINT + waiting + CHECKPOINTED + ENDED
+    arguments = {"stream_type": StreamType.REMUS, "callbacks": GO_ON, "spill_limit": limit}
+    if limit >= len(waiting):
+        restore(target(), reader.open_memory(octets), **arguments)  # type: ignore[arg-type]  # by name
+        return
+    with pytest.raises(SpillError, match=f"more than {limit} octets"):
+        restore(target(), reader.open_memory(octets), **arguments)  # type: ignore[arg-type]  # by name
+
+
+@given(st.sampled_from(list(StreamType)), st.sets(st.sampled_from(["checkpoint", "postcopy", "suspend"])))
+def test_a_restore_without_what_its_type_needs_is_not_begun(stream_type: StreamType, given: set[str]) -> None:
+    callbacks = RestoreCallbacks(**{name: lambda: 1 for name in given})  # type: ignore[arg-type]  # by name
+    stream = reader.open_memory(FIRST_CHECKPOINT)
+    if stream_type is StreamType.COLO or (stream_type is StreamType.REMUS and "checkpoint" not in given):
+        with pytest.raises(ValueError, match=f"a restore of type {stream_type.value} needs a"):
+            restore(target(), stream, stream_type=stream_type, callbacks=callbacks)
+        assert stream.position == 0
+    with pytest.raises(ValueError, match="needs send_back_fd"):
+        restore(target(), stream, stream_type=StreamType.COLO, callbacks=GO_ON)
+
+
+# Policies, rates, progress
+
+
+words = st.one_of(st.sampled_from([*POLICIES, "no-such"]), st.text(max_size=5))
+values = st.one_of(st.sampled_from(["", "3", "300ms", "1.5s", "x", "-1"]), st.text(max_size=5))
+stats = st.lists(
+    st.builds(
+        PrecopyStats,
+        st.integers(0, 9),
+        st.integers(0, 1 << 20),
+        st.integers(-1, 500),
+        st.one_of(st.none(), st.floats(1, 1e9)),
+        st.one_of(st.none(), st.floats(0, 1e9)),
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(words, values), max_size=3), stats)
+def test_any_text_is_a_policy_that_answers_or_an_error_that_says_what_was_expected(
+    texts: list[tuple[str, str]], asked: list[PrecopyStats]
+) -> None:
+    written = [f"{name}={value}" if value else name for name, value in texts]
+    try:
+        policy = parse_policies(written)
+    except ValueError:
+        with pytest.raises(ValueError, match=r"there is no policy|expected|takes no value"):
+            parse_policies(written)
+        return
+    assert {policy(each) for each in asked} <= set(Decision)
+    assert policy(PrecopyStats(1 << 40, 0, 0, 1.0, 0.0)) is Decision.STOP_AND_COPY
+
+
+@QUICK
+@given(st.floats(1, 1e9), st.lists(st.tuples(st.floats(0, 2), st.integers(0, 1 << 20)), max_size=20))
+def test_a_rate_is_never_exceeded_by_more_than_its_burst(rate: float, steps: list[tuple[float, int]]) -> None:
+    now, passed = 0.0, 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        assert seconds > 0
+        now += seconds
+
+    bucket = TokenBucket(rate, clock=lambda: now, sleep=sleep)
+    for idle, octets in steps:
+        now += idle
+        bucket.take(octets)
+        passed += octets
+        assert passed <= rate * (now + 0.05) * 1.000001 + 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+rates = st.one_of(st.none(), st.floats(0, 1e12))
+passes = st.lists(
+    st.tuples(
+        st.sampled_from(get_args(PassKind)),
+        st.one_of(st.none(), st.integers(0, 1 << 30)),
+        rates,
+        rates,
+        st.floats(0, 1e5),
+        st.lists(st.integers(0, 1024), max_size=3),
+    ),
+    max_size=4,
+)
+
+
+@pytest.mark.parametrize("way", ["json", "terminal", "file"])
+@settings(max_examples=25, deadline=None)
+@given(told=passes)
+def test_any_passes_are_shown_a_line_each_but_checkpoints_on_a_terminal(way: str, told: list[tuple]) -> None:  # type: ignore[type-arg]  # as drawn
+    out = Terminal() if way == "terminal" else io.StringIO()
+    reports = []
+    with show(out, as_json=way == "json") as inner:
+        progress = PassLog(inner)
+        for number, (kind, pages, dirty, downtime, seconds, batches) in enumerate(told):
+            progress.begin(PassStart(kind, number, pages, dirty, downtime))
+            for batch in batches:
+                progress.advance(batch, batch * 4096)
+            done = sum(batches)
+            reports.append(PassReport(kind, number, done, done * 4096, seconds, dirty, downtime))
+            progress.end(reports[-1])
+    assert progress.reports == reports
+    if way == "json":
+        lines = [json.loads(line) for line in out.getvalue().splitlines()]
+        assert lines == [{"event": "pass", **report.to_json()} for report in reports]
+    elif way == "terminal":
+        for report in reports:
+            line = f"{report.kind} {report.number}: {report.pages} pages"
+            assert (line in out.getvalue()) == (report.kind != "checkpoint")
+    else:
+        assert out.getvalue() == ""
