@@ -16,6 +16,7 @@ __all__ = [
     "RecordRef",
     "StreamError",
     "TruncatedError",
+    "UnsettledError",
 ]
 
 
@@ -105,6 +106,10 @@ class TruncatedError(StreamError):
 
 class GuestError(MigstreamError):
     """A guest could not do what an engine asked of it: no memory left, will not suspend, wrong type."""
+
+
+class UnsettledError(MigstreamError):
+    """Nobody knows whether a guest runs: it was told to start, and what became of that cannot be learned."""
 
 
 class DeadlineError(MigstreamError):

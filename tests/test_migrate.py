@@ -31,8 +31,8 @@ from migstream.engines.policies import (
     min_remaining,
 )
 from migstream.engines.restore import Outcome, RestoreCallbacks, RestoreResult, restore
-from migstream.engines.save import SaveCallbacks, SaveError, SaveResult, save
-from migstream.errors import GuestError, StreamError
+from migstream.engines.save import SaveCallbacks, SaveError, SaveResult, owning, save
+from migstream.errors import GuestError, StreamError, UnsettledError
 from migstream.guests.compare import content_equal, differing_pfns, differing_records
 from migstream.guests.model import ModelGuest
 from migstream.guests.workload import Workload
@@ -176,6 +176,15 @@ def test_a_guest_that_a_thread_keeps_busy_arrives_whole() -> None:
             result = guest.migrate()
             assert guest.difference() == []
         assert result.save.iterations > 0
+
+
+@pytest.mark.parametrize(("error", "runs_on"), [(GuestError, True), (UnsettledError, False)])
+def test_a_guest_that_may_run_elsewhere_is_not_resumed(error: type[Exception], runs_on: bool) -> None:
+    source = ModelGuest.booted(300)
+    with pytest.raises(error), owning(source):
+        source.suspend()
+        raise error
+    assert source.suspended != runs_on
 
 
 # Checkpoints

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from migstream.engines.policies import Decision, PrecopyStats, max_iterations
 from migstream.engines.restore import RestoreResult, restore
-from migstream.errors import DeadlineError, GuestError, MigstreamError, StreamError
+from migstream.errors import DeadlineError, GuestError, MigstreamError, StreamError, UnsettledError
 from migstream.guests.compare import content_equal
 from migstream.guests.model import ModelGuest
 from migstream.guests.protocols import RestoreTarget
@@ -198,14 +198,28 @@ def test_a_connection_that_ends_before_loaded_lets_the_guest_run_on(form: str) -
 
 def test_a_receiver_that_dies_behind_go_leaves_the_guest_suspended_and_says_what_to_look_at() -> None:
     source, target = booted(), empty()
-    target.start_fails = OSError("its monitor is gone")
+    target.start_fails = UnsettledError("its monitor is gone")
     with receiving(target) as receiver:
         outcome = attempt(source, receiver.address)
     assert isinstance(outcome, HandoverError)
     assert source.suspended
     for words in ("handed over", str(receiver.address), "never runs twice", "resume it here"):
         assert words in str(outcome)
-    assert isinstance(receiver.error, OSError)
+    assert receiver.error is target.start_fails
+
+
+def test_a_guest_that_cannot_be_resumed_is_said_so_beside_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = booted(), empty()
+    target.start_fails = GuestError("the machine has no processor")
+
+    def resume() -> None:
+        raise GuestError("QEMU is gone")
+
+    monkeypatch.setattr(source, "resume", resume)
+    with receiving(target) as receiver:
+        outcome = attempt(source, receiver.address)
+    assert isinstance(outcome, GuestError)
+    assert "failed: the machine has no processor; and the guest could not be resumed here" in str(outcome)
 
 
 def test_a_guest_that_does_not_start_there_runs_on_here() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -14,10 +16,11 @@ from migstream.cli.save_options import SaveSettings, guest_and_policy_help, save
 from migstream.cli.transport_options import chunk_options, tls_name_option, tls_options
 from migstream.engines.common import CheckpointAction
 from migstream.engines.progress import PassLog, show
+from migstream.errors import UnsettledError
 from migstream.guests.registry import names_guest
 from migstream.text import printable
 from migstream.transport.address import Address, parse_address
-from migstream.transport.errors import AddressError, HandoverError
+from migstream.transport.errors import AddressError
 from migstream.transport.tls import Tls
 
 if TYPE_CHECKING:
@@ -69,8 +72,8 @@ def command(
     migration ends as if the source had died behind its last checkpoint: DST fails over to it. (The
     secondary of colo stands still here, so its dirty lists are empty.)
 
-    Exit code: 0 migrated; 1 not, and then SRC runs on; 2 wrong usage; 3 handed over, but the connection
-    broke before the destination said that the guest runs: SRC stays suspended.
+    Exit code: 0 migrated; 1 not, and then SRC runs on; 2 wrong usage; 3 handed over, but it is not
+    known whether the guest runs at the destination: SRC stays suspended.
     """
     if names_guest(target_name):
         if level is not None or checksum or tls is not None:
@@ -86,6 +89,18 @@ def command(
     if settings.stream_type.checkpointed:
         raise click.UsageError(f"--type {settings.stream_type.value} needs a guest as DST, not a receiver")
     _migrate_there(settings, source_name, address, live=live, tls=tls, level=level, checksum=checksum)
+
+
+@contextlib.contextmanager
+def _telling_unsettled(what: str, *, as_json: bool) -> Iterator[None]:
+    """End with an exit code of its own where the guest may run at the destination."""
+    try:
+        yield
+    except UnsettledError as exc:
+        if as_json:
+            print(json.dumps({"event": "result", "result": "unsettled", "error": {"message": str(exc)}}))
+        fail(exc, what)
+        sys.exit(UNSETTLED)
 
 
 # Between two hosts
@@ -104,28 +119,24 @@ def _migrate_there(
     as_json = settings.as_json
     tells = sys.stdout if as_json else sys.stderr
     what = f"{source_name} to {address}"
-    with reporting_errors(what), telling_failure(tells if as_json else None):
+    with (
+        reporting_errors(what),
+        telling_failure(tells if as_json else None),
+        _telling_unsettled(what, as_json=as_json),
+    ):
         from migstream.transport.send import send
 
-        try:
-            with settings.open_source(source_name) as source, show(tells, as_json=as_json) as shown:
-                progress = PassLog(shown)
-                result = send(
-                    source,
-                    address,
-                    lambda fd, suspend: settings.save(
-                        source, fd, live=live, progress=progress, suspend=suspend
-                    ),
-                    level=level,
-                    checksum=checksum,
-                    tls=tls,
-                    timeout_s=settings.timeout_s,
-                )
-        except HandoverError as exc:
-            if as_json:
-                print(json.dumps({"event": "result", "result": "unsettled", "error": {"message": str(exc)}}))
-            fail(exc, what)
-            sys.exit(UNSETTLED)
+        with settings.open_source(source_name) as source, show(tells, as_json=as_json) as shown:
+            progress = PassLog(shown)
+            result = send(
+                source,
+                address,
+                lambda fd, suspend: settings.save(source, fd, live=live, progress=progress, suspend=suspend),
+                level=level,
+                checksum=checksum,
+                tls=tls,
+                timeout_s=settings.timeout_s,
+            )
         if as_json:
             passes = [report.to_json() for report in progress.reports]
             end = {"event": "result", "result": "migrated", "passes": passes, **_rates(progress)}
@@ -162,6 +173,8 @@ def _tell_migration(result: SendResult, progress: PassLog, address: Address) -> 
         f"the guest {state} at {printable(str(address))}; it stood still for "
         f"{1000 * result.downtime_s:,.0f} ms, and stays suspended here"
     )
+    for note in result.save.notes:
+        click.echo(f"note: {printable(note)}", err=True)
     for warning in result.warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
 
@@ -176,9 +189,11 @@ def _migrate_here(
         raise click.UsageError(f"--type {settings.stream_type.value} needs --checkpoints N here")
     as_json = settings.as_json
     tells = sys.stdout if as_json else sys.stderr
+    what = f"{source_name} to {target_name}"
     with (
-        reporting_errors(f"{source_name} to {target_name}"),
+        reporting_errors(what),
         telling_failure(tells if as_json else None),
+        _telling_unsettled(what, as_json=as_json),
     ):
         from migstream.engines.migrate import Transport, migrate
         from migstream.engines.restore import restore

@@ -30,7 +30,7 @@ from migstream.engines.common import StreamType
 from migstream.engines.policies import Decision, PrecopyPolicy, PrecopyStats, xen_default
 from migstream.engines.progress import PassKind, Progress
 from migstream.engines.save_passes import MemoryPasses
-from migstream.errors import GuestError, MigstreamError
+from migstream.errors import GuestError, MigstreamError, UnsettledError
 from migstream.guests.protocols import PAGE_SIZE, HasNotes, SaveSource
 from migstream.records import libxc
 
@@ -157,10 +157,15 @@ def save(
 
 @contextmanager
 def owning(source: SaveSource) -> Iterator[None]:
-    """Resume ``source``, if it ran before, when the block fails: for what must succeed beyond `save`."""
+    """Resume ``source``, if it ran before, when the block fails: for what must succeed beyond `save`.
+
+    Not so for an `UnsettledError`: the guest may run elsewhere, and never runs twice.
+    """
     ran_before = not source.suspended
     try:
         yield
+    except UnsettledError:
+        raise
     except BaseException as failure:
         try:
             if ran_before and source.suspended:

@@ -183,7 +183,11 @@ class Starts(Protocol):
     """What a `RestoreTarget` may offer besides: a guest that can run once it is restored."""
 
     def start(self) -> None:
-        """Let the complete guest run. Raises `GuestError` if it does not."""
+        """Let the complete guest run.
+
+        Raises `GuestError` if it certainly does not, so that another host may have it back, and
+        `UnsettledError` where it may run, or may have run.
+        """
 
 
 class TakesRuns(Protocol):

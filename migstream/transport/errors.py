@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from migstream.errors import MigstreamError
+from migstream.errors import MigstreamError, UnsettledError
 
 __all__ = ["AddressError", "ConnectionLostError", "HandoverError", "ProtocolError", "RemoteError", "TlsError"]
 
@@ -27,5 +27,5 @@ class TlsError(MigstreamError):
     """TLS could not be set up: a certificate was refused, or a file cannot be used."""
 
 
-class HandoverError(MigstreamError):
-    """Nobody here knows whether the guest runs at the destination: it stays suspended at the source."""
+class HandoverError(UnsettledError):
+    """The connection broke behind GO: the guest stays suspended at the source."""

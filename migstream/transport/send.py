@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from migstream.engines.save import SaveResult
-from migstream.errors import MigstreamError
+from migstream.errors import GuestError, MigstreamError
 from migstream.guests.protocols import SaveSource
 from migstream.text import decode
 from migstream.transport.address import Address, TcpAddress, connect
@@ -134,12 +134,10 @@ def send(
                 raise
             running = _running(link)
             ended = time.monotonic()
-    except RemoteError:  # said by the receiver itself: it does not run the guest, and never will
-        _resume(source, ran_before)
-        raise
-    except BaseException:
-        if not given_up:
-            _resume(source, ran_before)
+    except BaseException as exc:
+        # Behind GO only the receiver's own word gives the guest back: it does not run there, and never will.
+        if ran_before and (not given_up or isinstance(exc, RemoteError)):
+            _resume(source, exc)
         raise
     return SendResult(
         saved,
@@ -152,9 +150,14 @@ def send(
     )
 
 
-def _resume(source: SaveSource, ran_before: bool) -> None:
-    if ran_before and source.suspended:
-        source.resume()
+def _resume(source: SaveSource, failure: BaseException) -> None:
+    """Let the guest run on; say so with ``failure`` if that is not possible."""
+    try:
+        if source.suspended:
+            source.resume()
+    except GuestError as exc:
+        if str(exc) != str(failure):
+            raise GuestError(f"{failure}; and the guest could not be resumed here: {exc}") from failure
 
 
 def _link(address: Address, tls: Tls | None, timeout_s: float | None) -> Link:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from migstream.bitmap import PfnBitmap
-from migstream.errors import FormatError, GuestError
+from migstream.errors import FormatError, GuestError, UnsettledError
 from migstream.guests.memory import run_bounds
 from migstream.guests.page_book import PageBook
 from migstream.guests.protocols import RestoredRings
@@ -178,13 +178,19 @@ class QemuTarget(PageBook):
             time.sleep(POLL_S)
 
     def start(self) -> None:
-        """Let the machine run. Raises `GuestError` if it is not complete, or does not run."""
+        """Let the machine run.
+
+        Raises `GuestError` if it is not complete, or QEMU refuses, and `UnsettledError` if it may have run.
+        """
         if not self._loaded:
             raise GuestError("the stream brought no device state (EMULATOR_CONTEXT) to run the guest with")
-        self.qmp.execute("cont")
-        state = run_state(self.qmp)
+        try:
+            self.qmp.execute("cont")
+            state = run_state(self.qmp)
+        except QmpLostError as exc:
+            raise UnsettledError(f"{exc}; whether its machine runs is not known") from exc
         if state != "running":
-            raise GuestError(f"QEMU's machine does not run, it is in the state {state!r}")
+            raise UnsettledError(f"QEMU's machine was started, and is in the state {state!r}")
 
     def close(self) -> None:
         """Disconnect; the machine stays as it is. Closing twice is harmless."""
