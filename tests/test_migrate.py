@@ -181,9 +181,14 @@ def test_a_guest_that_a_thread_keeps_busy_arrives_whole() -> None:
 @pytest.mark.parametrize(("error", "runs_on"), [(GuestError, True), (UnsettledError, False)])
 def test_a_guest_that_may_run_elsewhere_is_not_resumed(error: type[Exception], runs_on: bool) -> None:
     source = ModelGuest.booted(300)
-    with pytest.raises(error), owning(source):
-        source.suspend()
-        raise error
+
+    def hand_over() -> None:
+        with owning(source):
+            source.suspend()
+            raise error
+
+    with pytest.raises(error):
+        hand_over()
     assert source.suspended != runs_on
 
 

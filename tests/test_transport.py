@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ from migstream.transport.errors import (
 from migstream.transport.link import Link
 from migstream.transport.messages import Accept, Failed, Go, GuestState, Loaded, Offer, Refuse, Running
 from migstream.transport.send import SendResult
-from tests.transport import LOOPBACK, StartingGuest, attempt, connected, receiving, sending, wire
+from tests.transport import JOIN_S, LOOPBACK, StartingGuest, attempt, connected, receiving, sending, wire
 
 PAGES = 300
 FORMS: dict[str, dict[str, object]] = {
@@ -337,31 +338,30 @@ def test_nobody_who_listens_is_said_so() -> None:
 # An end that says nothing
 
 
-def scripted(*answers: bytes) -> tuple[Address, threading.Thread]:
-    """Listen for one caller, who is sent ``answers`` and never read from; it ends when the caller does."""
-    listener = socket.create_server(("127.0.0.1", 0))
+@contextlib.contextmanager
+def scripted(*answers: bytes) -> Iterator[Address]:
+    """Listen for one caller, who is sent ``answers`` and never read from, until the block ends."""
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
 
-    def answer() -> None:
-        with listener, listener.accept()[0] as sock:
-            for octets in answers:
-                sock.sendall(octets)
-            silence.wait(30)
+        def answer() -> None:
+            with listener.accept()[0] as sock:
+                sock.sendall(b"".join(answers))
+                over.wait(JOIN_S)
 
-    silence = threading.Event()
-    thread = threading.Thread(target=answer)
-    thread.start()
-    thread.end = silence.set  # type: ignore[attr-defined]  # the test ends it
-    return TcpAddress(*listener.getsockname()), thread
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield TcpAddress(*listener.getsockname())
+        over.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("answers", [[], [Accept().with_head()]])
 @each_form
 def test_a_receiver_that_does_nothing_is_given_up_after_the_timeout(form: str, answers: list[bytes]) -> None:
     source = booted(16384)  # more than the buffers on the way hold
-    address, thread = scripted(*answers)
-    outcome = attempt(source, address, timeout_s=0.3, **FORMS[form])
-    thread.end()  # type: ignore[attr-defined]  # as `scripted` made it
-    thread.join()
+    with scripted(*answers) as address:
+        outcome = attempt(source, address, timeout_s=0.3, **FORMS[form])
     assert isinstance(outcome, DeadlineError), outcome
     assert not source.suspended
 
@@ -369,10 +369,8 @@ def test_a_receiver_that_does_nothing_is_given_up_after_the_timeout(form: str, a
 def test_a_receiver_that_says_nothing_behind_go_is_given_up_with_the_guest_suspended() -> None:
     source = booted()
     loaded = Loaded(pages=1, warnings=b"").with_head()
-    address, thread = scripted(Accept().with_head(), loaded)
-    outcome = attempt(source, address, timeout_s=0.3)
-    thread.end()  # type: ignore[attr-defined]  # as `scripted` made it
-    thread.join()
+    with scripted(Accept().with_head(), loaded) as address:
+        outcome = attempt(source, address, timeout_s=0.3)
     assert isinstance(outcome, HandoverError)
     assert "did nothing for 0.3 s" in str(outcome)
     assert source.suspended
@@ -400,10 +398,8 @@ def test_a_receiver_that_talks_nonsense_is_an_error_that_says_so(
     answers: list[bytes], complaint: str
 ) -> None:
     source = booted()
-    address, thread = scripted(*answers)
-    outcome = attempt(source, address, timeout_s=5)
-    thread.end()  # type: ignore[attr-defined]  # as `scripted` made it
-    thread.join()
+    with scripted(*answers) as address:
+        outcome = attempt(source, address, timeout_s=5)
     assert complaint in str(outcome)
     assert source.suspended == isinstance(outcome, HandoverError)
 
