@@ -118,10 +118,10 @@ def test_afl_finds_a_bug_behind_the_framing_with_it(tmp_path: Path) -> None:
         "PYTHONPATH": str(ROOT),
     }
     places = ["-i", str(corpus), "-o", str(tmp_path / "out")]
-    command = ["afl-fuzz", *places, "-s", "1", "-V", "60", "--", str(program), "@@"]
+    command = ["afl-fuzz", *places, "-s", "1", "-V", "300", "--", str(program), "@@"]
     environment = os.environ | settings
     # It ends with a signal of its own once it has a crash.
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=400)
     crashes = sorted((tmp_path / "out" / "default" / "crashes").glob("id:*"))
     assert crashes, done.stdout[-2000:] + done.stderr[-2000:]
     assert "libxc PAGE_DATA" in Tree.parse(crashes[0].read_bytes()).labels()

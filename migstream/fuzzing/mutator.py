@@ -13,7 +13,7 @@ from migstream.fuzzing.tree import Node, Tree
 __all__ = ["MAX_LENGTH", "Mutation", "mutate", "mutate_one"]
 
 MAX_LENGTH = 1 << 20  # octets of a mutated stream; what is longer is cut
-TREES_KEPT = 1024  # streams of the corpus whose trees are kept from one mutation to the next
+TREES_KEPT = 512  # streams of the corpus whose trees are kept from one mutation to the next
 TRIES = 8  # mutations looked at until one applies
 STEPS = (1, 1, 1, 1, 2, 2, 3, 5)  # how many mutations a stream gets: mostly few, so that it stays deep
 
