@@ -93,7 +93,10 @@ static NOINLINE void hvm_context(struct body body)
         refuse("no memory for HVM_CONTEXT");
     /* BUG c-3: the padding is copied too, into what has room for the body. */
     memcpy(context, body.octets, (body.length + 7) & ~7u);
-    printf("HVM context of %" PRIu32 " octets\n", body.length);
+    printf("HVM context of %" PRIu32 " octets:", body.length);
+    for (uint32_t i = 0; i < body.length && i < 8; i++)
+        printf(" %02x", context[i]);
+    printf("\n");
     free(context);
 }
 
@@ -156,7 +159,9 @@ int main(int argc, char **argv)
     if (big_endian(image + 12) < 2 || big_endian(image + 12) > 3 || image[17] & 1)
         refuse("a version that is not 2 or 3, or big-endian");
     records(image, size, 40);
-    printf("read to its end\n");
+    for (int i = 0; i < HVM_PARAMS_KNOWN; i++)
+        if (params[i])
+            printf("HVM parameter %d: %#" PRIx64 "\n", i, params[i]);
     free(slots);
     free(image);
     return 0;

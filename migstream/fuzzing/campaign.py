@@ -170,8 +170,7 @@ class Campaign:
                 records=record_count(finding.stream),
             )
             self._display.found(finding, self.out)
-            if found.reproduced:
-                self._submit(pool, finding)
+            self._submit(pool, finding)
         # Only now, when no finding is left whose writing could fail.
         state.outcomes.update(batch.outcomes)
         state.unconfirmed += batch.unconfirmed
@@ -223,9 +222,7 @@ class Campaign:
             folder = self.out / known.signature.name
             if known.minimised or not folder.is_dir():
                 continue
-            finding = load_finding(folder)
-            if finding.reproduced:
-                self._submit(pool, finding)
+            self._submit(pool, load_finding(folder))
 
     def _submit(self, pool: ProcessPoolExecutor, finding: Finding) -> None:
         self._shrinking[pool.submit(worker.shrink, finding.original, finding.signature)] = finding

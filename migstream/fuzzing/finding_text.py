@@ -61,7 +61,7 @@ def describe(finding: Finding) -> str:
     if finding.verdict is not None:
         shown.append(f"  {printable(finding.verdict)}")
     if not finding.reproduced:
-        shown.append("  It did not come again in a second run, so it was not minimised.")
+        shown.append("  It did not come again when it was run a second time: it may depend on chance.")
     shown += ["", f"How it came about: execution {finding.number} of seed {finding.seed}"]
     shown += [f"  {_line(step)}" for step in finding.steps]
     shown += ["", _sizes(finding)]

@@ -18,7 +18,7 @@ from migstream.records.page_types import TYPE_SHIFT, PageType
 
 __all__ = ["Minimised", "minimise"]
 
-EXECUTIONS = 300  # of the target, at most, for one finding
+EXECUTIONS = 200  # of the target, at most, for one finding
 WORDS = 4  # of eight octets each, behind a body's declared fields, whose values are made small
 PAGE = 4096
 _WITHOUT_DATA = frozenset(kind for kind in PageType if not kind.has_data)

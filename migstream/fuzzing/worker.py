@@ -29,7 +29,7 @@ from migstream.fuzzing.verdicts import JUDGES, Verdict, disagreement, own_failur
 
 __all__ = ["Batch", "Found", "Plan", "Shrunk", "Stopped", "Worker", "begin", "execute", "shrink", "stream_of"]
 
-HANGING_S = 30.0  # seconds that the hangs among the executions of a minimisation may take
+HANGING_S = 10.0  # seconds that the hangs among the executions of a minimisation may take
 
 
 @dataclass(frozen=True)
