@@ -69,6 +69,8 @@ class Machine:
     def _listens(self) -> bool:
         if self.process.poll() is not None:
             raise RuntimeError(f"QEMU ended at once: {self._log.read_text()}")
+        if not (self._serial.parent / "monitor").exists():
+            return False
         with contextlib.suppress(ConnectError, OSError):  # the socket is there before QEMU listens at it
             self._monitor.connect()
             return True

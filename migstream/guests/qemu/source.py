@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from migstream.bitmap import PfnBitmap
 from migstream.errors import GuestError
+from migstream.guests.process.tracer import Tracer
 from migstream.guests.process.tracking import DirtyTracker, MemoryRange, track
 from migstream.guests.protocols import PAGE_SHIFT
 from migstream.guests.qemu import device_state
@@ -51,13 +52,15 @@ class QemuSource:
         """Connect, and look whether the machine can be saved. Raises `GuestError` that says what to do."""
         with ExitStack() as opened:
             self.qmp = opened.enter_context(QmpClient(path))
+            self.pid = pid or self.qmp.peer_pid
+            # Its process starts meanwhile, so that nobody has to wait for it later.
+            self._tracer = opened.enter_context(Tracer(self.pid))
             self.machine = look_at(self.qmp)
             state = run_state(self.qmp)
             if state not in _SAVEABLE:
                 remedy = _REMEDIES.get(state, "only a running or paused machine can be saved")
                 raise GuestError(f"{path}: QEMU's machine is in the state {state!r}: {remedy}")
             check_blockers(self.qmp)
-            self.pid = pid or self.qmp.peer_pid
             ram = self.machine.ram
             self._ram = opened.enter_context(
                 RamFile(self.pid, self.machine.address, ram.size, writable=False)
@@ -67,6 +70,7 @@ class QemuSource:
             self._opened = opened.pop_all()
         self._origin = self.machine.origin
         self._tracker: DirtyTracker | None = None
+        self._tracking_ends = False  # with the standstill
         self._device_state: bytes | None = None
         #: Pages, numbered as in the file, that nobody ever wrote to: to read one would give it memory.
         self._untouched = PfnBitmap(ram.size >> PAGE_SHIFT)
@@ -123,7 +127,7 @@ class QemuSource:
 
     def enable_dirty_log(self) -> None:
         """Track the writes of QEMU's process. Raises `GuestError`, also if they are tracked already."""
-        self.disable_dirty_log()
+        self._close_tracker()
         pieces = self.machine.ram.pieces
         ranges = [
             MemoryRange(
@@ -134,12 +138,23 @@ class QemuSource:
             for piece in pieces
         ]
         views = [self._ram.memory.run(piece.file_page, piece.n_pages) for piece in pieces]
-        self._tracker = track(self.pid, ranges, views=views)
+        self._tracker = track(self.pid, ranges, views=views, tracer=self._tracer)
         self._untouched = self._ram.holes()  # not before: from here on, whatever is touched is logged
         self._notes = [f"writes were tracked by {self._tracker.name}: {self._tracker.why}"]
 
     def disable_dirty_log(self) -> None:
-        """Stop to track: QEMU's process is as it was."""
+        """Stop to track: QEMU's process is as it was.
+
+        While the machine stands still nothing is written, and taking the protection off would only prolong
+        its standstill: then that waits until it runs on, or `close`.
+        """
+        if self._device_state is None:
+            self._close_tracker()
+        else:
+            self._tracking_ends = True
+
+    def _close_tracker(self) -> None:
+        self._tracking_ends = False
         if self._tracker is not None:
             self._tracker.close()
             self._tracker = None
@@ -182,6 +197,8 @@ class QemuSource:
         """Let the machine run on; what it had given up with its device state (disks) it takes back."""
         self._device_state = None
         self.qmp.execute("cont")
+        if self._tracking_ends:
+            self._close_tracker()
 
     @property
     def suspended(self) -> bool:
@@ -190,7 +207,7 @@ class QemuSource:
 
     def close(self) -> None:
         """Stop tracking, and disconnect. Closing twice is harmless."""
-        self.disable_dirty_log()
+        self._close_tracker()
         self._opened.close()
 
     def __enter__(self) -> Self:
