@@ -113,22 +113,6 @@ def test_the_five_bugs_of_the_reader_in_c_are_found_and_minimised(
     check_minimised(found, tmp_path / "out")
 
 
-def test_a_sanitizer_under_a_memory_limit_is_told_apart_from_bugs(compiled: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(
-        group,
-        [
-            "fuzz",
-            "--target",
-            f"{compiled} {{}}",
-            "--corpus",
-            str(EXAMPLES / "corpus"),
-            "--out",
-            str(tmp_path),
-        ],
-    )
-    assert (result.exit_code, "--memory none" in result.output) == (2, True)
-
-
 def test_the_bugs_are_where_the_comments_say() -> None:
     for name, bugs in (("reader.py", PYTHON_BUGS), ("reader.c", C_BUGS)):
         assert set(re.findall(r"BUG ([\w-]+):", (EXAMPLES / name).read_text())) == bugs.keys()
