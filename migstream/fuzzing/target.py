@@ -1,10 +1,11 @@
 """The program that is fuzzed: run once on one stream, under limits, and what came of it.
 
 There is no shell, and nothing of Python runs between fork and exec: `os.posix_spawn` starts the program in a
-session of its own, and the parent sets its limits through prlimit at once, long before the program's
-loader is done. (An outcome that owes itself to a limit set too late does not come again, and a
-finding has to: see `campaign`.) Output goes to a file in memory, not to a pipe: a program that writes without
-end, or leaves children behind that hold its output open, keeps nobody waiting.
+session of its own, and the parent sets its limits through prlimit at once. On a busy machine that can come
+after the program's loader, so a limit on memory may miss what a program takes in its first moments (the
+shadow memory of AddressSanitizer, for one). A finding of that kind has to come again: see `worker`. Output
+goes to a file in memory, not to a pipe: a program that writes without end, or leaves children behind that
+hold its output open, keeps nobody waiting.
 """
 
 from __future__ import annotations
