@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -102,6 +103,21 @@ def test_address_space_is_limited() -> None:
     assert run(*PYTHON, greedy.replace("30", "20"), "{}", memory=256 << 20).outcome is Outcome.ACCEPT
 
 
+def test_a_target_is_never_without_its_limit_on_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*args: object) -> None:  # on a busy machine it is a program's end before the parent goes on
+        os.waitid(os.P_PID, int(str(args[0])), os.WEXITED | os.WNOWAIT)
+
+    monkeypatch.setattr(resource, "prlimit", late)
+    assert run(*PYTHON, "b'x' * (1 << 30)", "{}", memory=256 << 20).outcome is Outcome.MEMORY
+    for _ in range(10):
+        assert sh("ulimit -v", memory=100 << 20).output == b"102400\n"
+    assert sh("ulimit -v", memory=None).output == b"unlimited\n"
+
+
+def test_a_program_that_finds_no_room_to_be_loaded_wants_memory() -> None:
+    assert run(*PYTHON, "pass", "{}", memory=3 << 20).outcome is Outcome.MEMORY
+
+
 def test_output_without_end_is_cut_and_counts_as_want_of_room() -> None:
     found = sh("yes line")
     assert found.outcome is Outcome.MEMORY
@@ -152,12 +168,27 @@ def test_a_file_that_is_not_executable_is_told(tmp_path: Path) -> None:
         Command((str(script), "{}")).check()
 
 
-def test_a_script_without_an_interpreter_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", [None, 1 << 30])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("echo hello\n", "does its first line name its interpreter"),
+        ("#!/no/such/shell\n", "cannot be run: No such file or directory"),
+    ],
+)
+def test_a_script_without_an_interpreter_is_told(
+    text: str, message: str, memory: int | None, tmp_path: Path
+) -> None:
     script = tmp_path / "reader"
-    script.write_text("echo hello\n")
+    script.write_text(text)
     script.chmod(0o755)
-    with pytest.raises(TargetError, match="does its first line name its interpreter"):
-        run(str(script), "{}")
+    with pytest.raises(TargetError, match=message):
+        run(str(script), "{}", memory=memory)
+
+
+def test_a_targets_own_exit_codes_126_and_127_are_no_failure_to_run_it() -> None:
+    for code in (126, 127):
+        assert sh(f"echo sh: not found; exit {code}").ending == f"exit code {code}"
 
 
 def test_nothing_stays_in_the_scratch_directory() -> None:

@@ -1,11 +1,11 @@
 """The program that is fuzzed: run once on one stream, under limits, and what came of it.
 
-There is no shell, and nothing of Python runs between fork and exec: `os.posix_spawn` starts the program in a
-session of its own, and the parent sets its limits through prlimit at once. On a busy machine that can come
-after the program's loader, so a limit on memory may miss what a program takes in its first moments (the
-shadow memory of AddressSanitizer, for one). A finding of that kind has to come again: see `worker`. Output
-goes to a file in memory, not to a pipe: a program that writes without end, or leaves children behind that
-hold its output open, keeps nobody waiting.
+Nothing of Python runs between fork and exec: `os.posix_spawn` starts the program in a session of its own.
+Its limit on memory has to be there before it is, so a shell sets that and becomes the program, by exec; this
+costs half a millisecond. The shell sees nothing of the arguments' text. The other limits come from the parent
+through prlimit, where it does not matter that they are a moment late. Output goes to a file in memory, not to
+a pipe: a program that writes without end, or leaves children behind that hold its output open, keeps nobody
+waiting.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ __all__ = ["Command", "Execution", "Outcome", "Target", "TargetError", "scratch_
 FILE_SIZE = 64 << 20  # octets that the program may write to a file, its output too
 KEPT_OUTPUT = 64 << 10  # octets of its output that are looked at: the first quarter, and the end
 STREAM_FILE = "stream"
+SHELL = "/bin/sh"
+LAUNCHER = "migstream-launcher"  # the shell's name for itself, where it complains
+COMPLAINT = LAUNCHER.encode() + b": "
+NOT_LAUNCHED = (126, 127)  # a shell's exit codes for a program that it cannot run
 BUSY = 0.1  # of its time that a program computes which does not merely wait: the machine may be shared
 
 
@@ -83,6 +87,9 @@ _MARKS = (
     _mark(rb"^MemoryError\b", Outcome.MEMORY),
     _mark(rb"std::bad_alloc", Outcome.MEMORY),
     _mark(rb"^memory allocation of \d+ bytes failed", Outcome.MEMORY),  # Rust
+    _mark(
+        rb"error while loading shared libraries: .*(failed to map|cannot)", Outcome.MEMORY
+    ),
     _mark(rb"^fatal error: .*(out of|cannot allocate) memory", Outcome.MEMORY),  # Go
     _mark(rb"Sanitizer: (allocation-size-too-big|out-of-memory|hard rss limit)", Outcome.MEMORY, always=True),
     _mark(rb"^==\d+==\s?ERROR: \w+Sanitizer", Outcome.CRASH, always=True),
@@ -205,10 +212,14 @@ class Target:
             resource.RLIMIT_CORE: 1,  # not 0, which does not keep a core from a handler in a pipe
             resource.RLIMIT_FSIZE: FILE_SIZE,
         }
-        if command.memory is not None:
-            limits[resource.RLIMIT_AS] = command.memory
         # Hard limits stay: a program that sets a limit of its own just then must not be refused that.
         self._limits = [(limit, _soft(limit, value)) for limit, value in limits.items()]
+        self._launcher: tuple[str, ...] = ()
+        if command.memory is not None and _has_interpreter(Path(self._program)):
+            kibioctets = _soft(resource.RLIMIT_AS, command.memory)[0] >> 10
+            self._launcher = (SHELL, "-c", f'ulimit -S -v {kibioctets} && exec "$@"', LAUNCHER)
+        elif command.memory is not None:
+            self._limits.append((resource.RLIMIT_AS, _soft(resource.RLIMIT_AS, command.memory)))
 
     def __enter__(self) -> Self:
         return self
@@ -232,7 +243,10 @@ class Target:
         output = os.memfd_create("output", os.MFD_CLOEXEC)
         try:
             started = time.monotonic()
-            status, processor_s = self._spawn_and_wait(output)
+            status, processor_s = self._spawn_and_wait(self._launcher, output)
+            if self._launcher and status in NOT_LAUNCHED and os.pread(output, 32, 0).startswith(COMPLAINT):
+                # Without the shell, the kernel says why.
+                status, processor_s = self._spawn_and_wait((), output)
             seconds = time.monotonic() - started
             return self._execution(status, _read(output), seconds, busy=processor_s > seconds * BUSY)
         finally:
@@ -247,12 +261,12 @@ class Target:
             self.stream_path.unlink(missing_ok=True)
             self.stream_path.write_bytes(octets)
 
-    def _spawn_and_wait(self, output: int) -> tuple[int | None, float]:
+    def _spawn_and_wait(self, launcher: tuple[str, ...], output: int) -> tuple[int | None, float]:
         """Return the exit code (negative: a signal; ``None``: no end), and the processor time it took."""
         try:
             pid = os.posix_spawn(
-                self._program,
-                self._argv,
+                SHELL if launcher else self._program,
+                (*launcher, self._program, *self._argv[1:]) if launcher else self._argv,
                 os.environ,
                 file_actions=[
                     (os.POSIX_SPAWN_OPEN, 0, self._stdin, os.O_RDONLY, 0),
@@ -307,6 +321,21 @@ def _soft(limit: int, value: int) -> tuple[int, int]:
     """Return a limit to set: ``value``, or less where no more is allowed, and the hard limit as it is."""
     hard = resource.getrlimit(limit)[1]
     return (value if hard == resource.RLIM_INFINITY else min(value, hard)), hard
+
+
+def _has_interpreter(program: Path) -> bool:
+    """Tell whether the kernel can run a program without help, which alone a shell may be asked to.
+
+    A file of another form a shell would take for a script of its own. The kernel refuses it, or has a
+    handler for it.
+    """
+    try:
+        with program.open("rb") as file:
+            return file.read(4).startswith((b"\x7fELF", b"#!"))
+    except PermissionError:
+        return True  # execute permission alone: a script would need more
+    except OSError:
+        return False
 
 
 def _ended(pid: int, timeout_s: float) -> bool:
