@@ -87,9 +87,7 @@ _MARKS = (
     _mark(rb"^MemoryError\b", Outcome.MEMORY),
     _mark(rb"std::bad_alloc", Outcome.MEMORY),
     _mark(rb"^memory allocation of \d+ bytes failed", Outcome.MEMORY),  # Rust
-    _mark(
-        rb"error while loading shared libraries: .*(failed to map|cannot)", Outcome.MEMORY
-    ),
+    _mark(rb"error while loading shared libraries: .*(failed to map|cannot)", Outcome.MEMORY),
     _mark(rb"^fatal error: .*(out of|cannot allocate) memory", Outcome.MEMORY),  # Go
     _mark(rb"Sanitizer: (allocation-size-too-big|out-of-memory|hard rss limit)", Outcome.MEMORY, always=True),
     _mark(rb"^==\d+==\s?ERROR: \w+Sanitizer", Outcome.CRASH, always=True),
