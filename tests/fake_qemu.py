@@ -74,6 +74,7 @@ class FakeQemu:
         self.loaded: bytes | None = None
         self.migration: dict[str, str] = {}
         self._fds: list[int] = []
+        self._connection: socket.socket | None = None
         fd = os.memfd_create("fake-ram")
         os.ftruncate(fd, mib << 20)
         self._mapping = mmap.mmap(fd, mib << 20)
@@ -91,8 +92,9 @@ class FakeQemu:
             "query-cpus-fast": [{"qom-path": "/machine/cpu"}],
             "qom-get": lambda given: self.properties[given["path"], given["property"]],
             "human-monitor-command": lambda given: self.texts[given["command-line"]],
-            "stop": lambda _: self._become("paused" if self.status == "running" else self.status),
-            "cont": lambda _: self._become("running"),
+            "stop": lambda _: self.become("paused" if self.status == "running" else self.status),
+            "cont": lambda _: self.become("running"),
+            "migrate-set-capabilities": {},
             "add-fd": {"fdset-id": 3, "fd": 9},
             "getfd": {},
             "remove-fd": {},
@@ -129,9 +131,17 @@ class FakeQemu:
         self._thread.join()
         self._listener.close()
 
-    def _become(self, status: str) -> dict[str, object]:
-        self.status = status
+    def become(self, status: str) -> dict[str, object]:
+        """Change to the run state ``status``, with the event that tells of it."""
+        was, self.status = self.status == "running", status
+        if was != (status == "running"):
+            self._tell({"event": "STOP" if was else "RESUME"})
         return {}
+
+    def _tell(self, event: dict[str, object]) -> None:
+        if self._connection is not None:
+            stamped = {**event, "timestamp": {"seconds": 0, "microseconds": 0}}
+            self._connection.sendall(json.dumps(stamped).encode() + b"\r\n")
 
     def _save(self) -> dict[str, object]:
         os.write(self._fds[-1], DEVICES)
@@ -140,7 +150,10 @@ class FakeQemu:
     def _load(self) -> dict[str, object]:
         self.loaded = os.read(self._fds[-1], 1 << 20)
         self.migration = {"status": "completed"}
-        return self._become("paused")
+        self._tell({"event": "MIGRATION", "data": {"status": "active"}})
+        self.become("paused")
+        self._tell({"event": "MIGRATION", "data": self.migration})
+        return {}
 
     def _serve(self) -> None:
         while True:
@@ -149,7 +162,9 @@ class FakeQemu:
             except OSError:
                 return
             with connection:
+                self._connection = connection
                 self._talk(connection)
+            self._connection = None
             for fd in self._fds:
                 os.close(fd)
             self._fds = []

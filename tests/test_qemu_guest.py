@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import migstream
+from migstream.bitmap import PfnBitmap
 from migstream.engines.machine import save_machine
 from migstream.engines.restore import restore
 from migstream.engines.save import save
@@ -21,6 +22,7 @@ from migstream.guests.qemu.source import QemuSource
 from migstream.guests.qemu.target import QemuTarget
 from migstream.guests.registry import open_source
 from migstream.records.libxc import GuestType
+from migstream.records.page_types import PageType
 from tests.fake_qemu import BIOS, DEVICES, FakeQemu, Refused
 
 CONFIGURATION = b"\7\0\0\0\x0dpc-i440fx-7.2"
@@ -64,11 +66,37 @@ def test_memory_and_device_state_go_to_a_machine_alike(tmp_path: Path) -> None:
         assert (source.memory == destination.memory).all()
 
 
+def test_pages_of_zeros_are_left_out_of_the_first_pass_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tracked:
+        name, why, copy = "scripted", "for the test", None
+
+        def clean(self, into: PfnBitmap) -> None:
+            into.clear()
+            into.add(np.array([5], np.uint64))
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("migstream.guests.qemu.source.track", lambda *_, **__: Tracked())
+    looked_at = np.array([5, 6, 7], np.uint64)
+    with FakeQemu(tmp_path / "source") as qemu:
+        qemu.memory[5], qemu.memory[6, 3000], qemu.memory[7] = 1, 1, 0  # written to, all of them
+        with QemuSource(qemu.path) as source:
+            source.enable_dirty_log()
+            assert source.page_types(looked_at).tolist() == [PageType.NOTAB, PageType.NOTAB, PageType.XTAB]
+            qemu.memory[5] = 0
+            source.clean_dirty_log(PfnBitmap(source.max_pfn + 1))
+            # The target has what was in page 5 before, so that it is zeros now has to be told.
+            assert source.page_types(looked_at).tolist() == [PageType.NOTAB, PageType.NOTAB, PageType.XTAB]
+
+
 def test_the_device_state_is_taken_at_once_when_the_machine_stands_still(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "source") as qemu:
         a_stream(qemu, tmp_path / "stream")
     asked = qemu.commands[qemu.commands.index("stop") :]
-    assert asked[:4] == ["stop", "add-fd", "xen-save-devices-state", "remove-fd"]
+    assert asked == ["stop", "xen-save-devices-state", "remove-fd"]  # nothing else is waited for
 
 
 @pytest.mark.parametrize("settings", [("on", "on"), ("off", "on"), ("on", "off"), ("off", "off")])
@@ -111,7 +139,10 @@ def test_a_machine_whose_device_state_cannot_be_had_runs_on(tmp_path: Path) -> N
 def test_a_machine_that_somebody_lets_go_on_in_the_meantime_is_not_saved(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "source") as qemu, QemuSource(qemu.path) as source:
         source.suspend()
-        qemu.status = "running"
+        assert source.suspended
+        qemu.become("running")
+        source.qmp.query("query-version")  # an event counts when the answer behind it has come
+        assert not source.suspended
         with pytest.raises(GuestError, match="went on while it was saved"):
             source.emulator_records()
 

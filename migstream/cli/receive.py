@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING
 
 import click
@@ -23,6 +25,7 @@ from migstream.transport.tls import Tls
 if TYPE_CHECKING:
     from migstream.engines.restore import RestoreResult
     from migstream.guests.protocols import RestoreTarget
+    from migstream.records.libxc import GuestType
     from migstream.transport.receive import ReceiveResult
 
 
@@ -81,9 +84,11 @@ def command(
 
         context = None if tls is None else load(tls, server=True)
         with (
-            listen(place) as (listener, bound),
+            ExitStack() as opened,
             show(sys.stdout if as_json else sys.stderr, as_json=as_json) as progress,
         ):
+            open_guest = _opener(guest, opened)
+            listener, bound = opened.enter_context(listen(place))
             if tls is None and not bound.is_loopback:
                 click.echo(
                     f"warning: whoever reaches {bound} can send a guest, unencrypted: consider --tls-cert, "
@@ -97,7 +102,7 @@ def command(
 
             result = receive(
                 listener,
-                lambda guest_type: open_target(guest, guest_type),
+                open_guest,
                 restore_into,
                 context=context,
                 timeout_s=timeout_s,
@@ -106,6 +111,18 @@ def command(
                 accepted=lambda peer: tell("accepted", peer),
             )
         _tell_result(result, as_json=as_json)
+
+
+def _opener(guest: str, opened: ExitStack) -> Callable[[GuestType], AbstractContextManager[RestoreTarget]]:
+    """Return what opens ``guest``, once the sender has said of which type it is.
+
+    One whose type is known is opened at once: what is wrong with it is told now, and the sender waits less.
+    """
+    of_type = parse(guest).kind.guest_type
+    if of_type is None:
+        return lambda guest_type: open_target(guest, guest_type)
+    target = opened.enter_context(open_target(guest, of_type))
+    return lambda _: nullcontext(target)
 
 
 def _tell_result(result: ReceiveResult, *, as_json: bool) -> None:

@@ -168,7 +168,7 @@ class ImageSource(SuspendedImage):
             holes = self._without_data.test(pfns)
             if self._zero_is_hole:
                 there = ~holes
-                holes[there] = ~np.bitwise_or.reduce(self._memory.words[pfns[there]], axis=1).astype(np.bool_)
+                holes[there] = ~self._memory.nonzero(pfns[there])
             types[holes] = PageType.XTAB
         return types
 

@@ -126,6 +126,7 @@ class GuestKind:
 
     The makers are given the guest type that the caller asks for; an option may override it. What they
     make is for the body of a ``with`` statement: a target that is left without `complete` leaves nothing.
+    ``guest_type`` is what all guests of a kind are, if they are all of one type.
     """
 
     name: str
@@ -135,6 +136,7 @@ class GuestKind:
     source: SourceMaker | None = None
     target: TargetMaker | None = None
     options: tuple[Option, ...] = field(default=())
+    guest_type: GuestType | None = None
 
     def parse(self, text: str) -> GuestSpec:
         """Return what follows ``name:``, taken apart. Raises `GuestSpecError`.

@@ -42,4 +42,5 @@ KIND = GuestKind(
     source=_source,
     target=_target,
     options=(Option("pid", "4711", "QEMU's process; default: the one that made the socket"),),
+    guest_type=GuestType.HVM,
 )

@@ -81,6 +81,18 @@ class Memory:
         """Return the memory of one page."""
         return self.octets[pfn << PAGE_SHIFT : (pfn + 1) << PAGE_SHIFT]
 
+    def nonzero(self, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Return which of the pages ``pfns``, uint64[n] ascending, hold anything but zeros, bool[n]."""
+        found: npt.NDArray[np.bool_] = self.words[pfns, 0] != 0  # most pages with content show it here,
+        found |= self.words[pfns, PAGE_SIZE // 16] != 0  # or in the middle
+        unclear = np.flatnonzero(~found)
+        content = [
+            np.bitwise_or.reduce(self.words[start:end], axis=1) for start, end in run_bounds(pfns[unclear])
+        ]
+        if content:
+            found[unclear] = np.concatenate(content) != 0
+        return found
+
     def discard(self, first: int, count: int) -> None:
         """Give ``count`` pages from ``first`` of anonymous memory back; they read as zeros from here on."""
         self.mapping.madvise(mmap.MADV_DONTNEED, first << PAGE_SHIFT, count << PAGE_SHIFT)

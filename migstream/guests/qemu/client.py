@@ -1,4 +1,8 @@
-"""QMP, synchronously: a face over the `qemu.qmp` library, whose asyncio loop runs in a thread of its own."""
+"""QMP, synchronously: a face over the `qemu.qmp` library, whose asyncio loop runs in a thread of its own.
+
+A command takes about a millisecond, most of it the library's. So whether the machine runs is not asked again
+and again but followed by QEMU's events, and whoever waits for something waits for its event.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ __all__ = ["QmpClient", "QmpCommandError", "QmpLostError"]
 
 T = TypeVar("T")
 
+_CHANGES = {"STOP": False, "RESUME": True}  # events -> whether the machine runs from there on
 GREETING_S = 5.0  # QEMU greets at once, unless somebody else is connected: it serves one client a socket
 ANSWER_S = 60.0  # the slowest command writes the device state, in milliseconds
 _UCRED = struct.Struct("iII")  # pid, uid, gid: struct ucred of socket(7)
@@ -47,7 +52,7 @@ class QmpClient:
     def __init__(self, path: str, *, greeting_s: float = GREETING_S) -> None:
         """Connect. Raises `GuestError`, also where the library is not installed."""
         try:
-            from qemu.qmp import QMPClient, QMPError
+            from qemu.qmp import EventListener, QMPClient, QMPError
         except ImportError as exc:
             raise GuestError(
                 "QEMU machines need the library qemu.qmp: pip install 'migstream[qemu]'"
@@ -60,6 +65,11 @@ class QmpClient:
         self._client: QMPClient = QMPClient("migstream")
         # What it cannot do, it raises; its log would tell the user the same a second time.
         self._client.logger.disabled = True
+        self._running: bool | None = None  # as far as was asked and heard
+        self._changes = EventListener(tuple(_CHANGES))
+        self._migrations = EventListener("MIGRATION")
+        self._client.register_listener(self._changes)
+        self._client.register_listener(self._migrations)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="qmp", daemon=True)
         self._thread.start()
@@ -92,6 +102,34 @@ class QmpClient:
         if not isinstance(answer, dict):
             raise GuestError(f"QEMU answers {command} with {type(answer).__name__}, not with an object")
         return answer
+
+    @property
+    def running(self) -> bool:
+        """Whether the machine runs: as QEMU says when asked first, and by its events from there on.
+
+        An event counts as soon as the next answer has come. Raises `QmpLostError` when QEMU is gone.
+        """
+        from qemu.qmp import Runstate
+
+        if self._running is None:
+            self._running = bool(self.query("query-status").get("running"))
+        if self._client.runstate is not Runstate.RUNNING:
+            raise self._lost("it told whether its machine runs")
+        for event in self._changes.clear():
+            self._running = _CHANGES[str(event["event"])]
+        return self._running
+
+    def await_migration_event(self, timeout_s: float) -> str | None:
+        """Return the status in the next MIGRATION event, ``None`` if none comes within ``timeout_s``.
+
+        There are such events where the migration capability ``events`` is on.
+        """
+        try:
+            event = self._run(self._migrations.get(), timeout_s)
+        except TimeoutError:
+            return None
+        data = event.get("data")
+        return str(data.get("status")) if isinstance(data, dict) else None
 
     def monitor(self, line: str) -> str:
         """Run a line of QEMU's human monitor: what QMP has no command for."""
@@ -150,10 +188,13 @@ class QmpClient:
                 f"{self.path}: QEMU does not answer {command} within {ANSWER_S:g} s; it hangs"
             ) from None
         except (QMPError, OSError, EOFError, AssertionError) as exc:
-            raise QmpLostError(
-                f"{self.path}: QEMU is gone, its connection closed before {command} was done; QEMU's "
-                "standard error may say why"
-            ) from exc
+            raise self._lost(f"{command} was done") from exc
+
+    def _lost(self, before: str) -> QmpLostError:
+        return QmpLostError(
+            f"{self.path}: QEMU is gone, its connection closed before {before}; QEMU's standard error may "
+            "say why"
+        )
 
     def _run(self, call: Coroutine[None, None, T], timeout_s: float) -> T:
         return asyncio.run_coroutine_threadsafe(asyncio.wait_for(call, timeout_s), self._loop).result()

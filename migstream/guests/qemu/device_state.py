@@ -15,6 +15,9 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
 
 from migstream.errors import GuestError
 from migstream.guests.protocols import PAGE_SIZE
@@ -22,7 +25,7 @@ from migstream.guests.qemu.client import QmpClient
 from migstream.guests.qemu.machine import Machine
 from migstream.guests.qemu.ram_map import Block, parse_blocks
 
-__all__ = ["HEADER", "carried_blocks", "fitted", "ram_section", "read_block", "take", "with_blocks"]
+__all__ = ["HEADER", "StateFile", "carried_blocks", "fitted", "ram_section", "read_block", "with_blocks"]
 
 HEADER = b"QEVM" + (3).to_bytes(4, "big")
 MAX_STATE = 120 << 20  # octets; a record of libxl's holds 128 MiB
@@ -40,32 +43,52 @@ _MADE_ANEW = re.compile(r"pc\.rom|.*\.rom|/rom@.*")
 _HOST_ADDRESS = re.compile(r" is 0x([0-9a-f]+)")
 
 
-def take(qmp: QmpClient) -> bytes:
-    """Return the state of the devices of a stopped machine. Raises `GuestError`.
+class StateFile:
+    """Memory that is lent to QEMU to write its device state to. Close it, or use it as a context manager.
 
-    QEMU writes into memory that is lent to it, so that there is no file to be left behind, and none that
-    QEMU might not be allowed to create.
+    So no file can be left behind, and none is needed that QEMU might not be allowed to create. It is lent
+    beforehand: while the machine stands still, there is one command less to wait for.
     """
-    state = os.memfd_create("migstream-device-state")
-    try:
-        # QEMU opens what it is lent for writing only, and insists that it was opened so.
-        writable = os.open(f"/proc/self/fd/{state}", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            with qmp.lent_fd(writable) as name:
-                qmp.execute("xen-save-devices-state", filename=name)
-        finally:
-            os.close(writable)
-        size = os.fstat(state).st_size
+
+    def __init__(self, qmp: QmpClient) -> None:
+        """Lend it. Raises `GuestError`."""
+        self._qmp = qmp
+        with ExitStack() as opened:
+            self._memory = os.memfd_create("migstream-device-state")
+            opened.callback(os.close, self._memory)
+            # QEMU opens what it is lent for writing only, and insists that it was opened so.
+            self._writable = os.open(f"/proc/self/fd/{self._memory}", os.O_WRONLY | os.O_CLOEXEC)
+            opened.callback(os.close, self._writable)
+            self._name = opened.enter_context(qmp.lent_fd(self._writable))
+            self._opened = opened.pop_all()
+
+    def take(self) -> bytes:
+        """Return the state of the devices of the machine, which is stopped. Raises `GuestError`."""
+        os.ftruncate(self._memory, 0)
+        os.lseek(self._writable, 0, os.SEEK_SET)  # QEMU writes where its copy of the descriptor stands
+        self._qmp.execute("xen-save-devices-state", filename=self._name)
+        size = os.fstat(self._memory).st_size
         if size > MAX_STATE:
             raise GuestError(f"QEMU's device state has {size} octets; at most {MAX_STATE} are carried")
-        octets = os.pread(state, size, 0)
-    finally:
-        os.close(state)
-    if not octets.startswith(HEADER):
-        raise GuestError(
-            f"QEMU's device state begins with {octets[:8].hex(' ') or 'nothing'}; expected {HEADER.hex(' ')}"
-        )
-    return octets
+        octets = os.pread(self._memory, size, 0)
+        if not octets.startswith(HEADER):
+            raise GuestError(
+                f"QEMU's device state begins with {octets[:8].hex(' ') or 'nothing'}; expected "
+                f"{HEADER.hex(' ')}"
+            )
+        return octets
+
+    def close(self) -> None:
+        """Take it back. Closing twice is harmless."""
+        self._opened.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def carried_blocks(qmp: QmpClient, machine: Machine) -> list[tuple[Block, int]]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from migstream.bitmap import PfnBitmap
 from migstream.errors import GuestError
+from migstream.guests.memory import Memory
 from migstream.guests.process.tracer import Tracer
 from migstream.guests.process.tracking import DirtyTracker, MemoryRange, track
 from migstream.guests.protocols import PAGE_SHIFT
@@ -67,13 +68,16 @@ class QemuSource:
             )
             # Where they are does not change, and a machine that would lose some is refused before it stops.
             self._blocks = device_state.carried_blocks(self.qmp, self.machine)
+            self._state_file = opened.enter_context(device_state.StateFile(self.qmp))
             self._opened = opened.pop_all()
         self._origin = self.machine.origin
         self._tracker: DirtyTracker | None = None
         self._tracking_ends = False  # with the standstill
         self._device_state: bytes | None = None
-        #: Pages, numbered as in the file, that nobody ever wrote to: to read one would give it memory.
-        self._untouched = PfnBitmap(ram.size >> PAGE_SHIFT)
+        #: Pages, numbered as in the file, that the stream leaves out, because the target's are zeros anyway:
+        #: those that nobody ever wrote to (to read one would give it memory), and zeros in the first pass.
+        self._left_out = PfnBitmap(ram.size >> PAGE_SHIFT)
+        self._first_pass = True
         self._notes: list[str] = []
 
     @property
@@ -107,21 +111,30 @@ class QemuSource:
         ]
 
     def page_types(self, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
-        """Return NOTAB for RAM, XTAB for the hole below 4 GiB and for pages that were never written to."""
+        """Return NOTAB for RAM, XTAB for the hole below 4 GiB and for pages that need not be sent."""
         ram = self.machine.ram
         there = ram.holds(pfns)
-        there[there] = ~self._untouched.test(ram.file_pages(pfns[there]))
+        pages = ram.file_pages(pfns[there])
+        sent = ~self._left_out.test(pages)
+        if self._first_pass and self._copy is None:
+            sent[sent] = self._ram.memory.nonzero(pages[sent])
+            self._left_out.add(pages[~sent])
+        there[there] = sent
         return np.where(there, np.uint8(PageType.NOTAB), np.uint8(PageType.XTAB))
 
     def pages(
         self, pfns: npt.NDArray[np.uint64], types: npt.NDArray[np.uint8]
     ) -> tuple[Sequence[memoryview], npt.NDArray[np.bool_]]:
         """Return the machine's own memory, or the tracker's copy of it; no page ever has to wait."""
-        copy = self._tracker.copy if self._tracker is not None else None
-        if copy is not None:
-            return copy.views(pfns), np.zeros(len(pfns), np.bool_)
+        if self._copy is not None:
+            return self._copy.views(pfns), np.zeros(len(pfns), np.bool_)
         views = self._ram.memory.views(self.machine.ram.file_pages(pfns))
         return views, np.zeros(len(pfns), np.bool_)
+
+    @property
+    def _copy(self) -> Memory | None:
+        """The tracker's copy of the memory, if it has one: then that is what is sent."""
+        return None if self._tracker is None else self._tracker.copy
 
     # The dirty log
 
@@ -139,7 +152,7 @@ class QemuSource:
         ]
         views = [self._ram.memory.run(piece.file_page, piece.n_pages) for piece in pieces]
         self._tracker = track(self.pid, ranges, views=views, tracer=self._tracer)
-        self._untouched = self._ram.holes()  # not before: from here on, whatever is touched is logged
+        self._begin_first_pass()  # not before: from here on, whatever is written to is logged
         self._notes = [f"writes were tracked by {self._tracker.name}: {self._tracker.why}"]
 
     def disable_dirty_log(self) -> None:
@@ -153,6 +166,10 @@ class QemuSource:
         else:
             self._tracking_ends = True
 
+    def _begin_first_pass(self) -> None:
+        self._left_out = self._ram.holes()
+        self._first_pass = True
+
     def _close_tracker(self) -> None:
         self._tracking_ends = False
         if self._tracker is not None:
@@ -162,8 +179,9 @@ class QemuSource:
     def clean_dirty_log(self, into: PfnBitmap) -> None:
         """Move the log into ``into``."""
         self._log().clean(into)
+        self._first_pass = False
         for pfns in into.batches(CHUNK):
-            self._untouched.discard(self.machine.ram.file_pages(pfns))
+            self._left_out.discard(self.machine.ram.file_pages(pfns))
 
     def peek_dirty_log(self, into: PfnBitmap) -> None:
         """Copy the log into ``into``."""
@@ -184,9 +202,9 @@ class QemuSource:
         """Stop the machine, and take its device state. Raises `GuestError`."""
         self._device_state = None
         self.qmp.execute("stop")
-        state = device_state.take(self.qmp)
+        state = self._state_file.take()
         if self._tracker is None:
-            self._untouched = self._ram.holes()
+            self._begin_first_pass()
         blocks = [
             (block, device_state.read_block(self.pid, address, block.length))
             for block, address in self._blocks
@@ -202,8 +220,8 @@ class QemuSource:
 
     @property
     def suspended(self) -> bool:
-        """Whether the machine stands still, as QEMU says. Raises `GuestError` when QEMU is gone."""
-        return not self.qmp.query("query-status").get("running")
+        """Whether the machine stands still, as QEMU tells. Raises `GuestError` when QEMU is gone."""
+        return not self.qmp.running
 
     def close(self) -> None:
         """Stop tracking, and disconnect. Closing twice is harmless."""

@@ -18,9 +18,8 @@ import numpy.typing as npt
 
 from migstream.bitmap import PfnBitmap
 from migstream.errors import FormatError, GuestError, UnsettledError
-from migstream.guests.memory import run_bounds
 from migstream.guests.page_book import PageBook
-from migstream.guests.protocols import RestoredRings
+from migstream.guests.protocols import PAGE_SHIFT, RestoredRings
 from migstream.guests.qemu import device_state
 from migstream.guests.qemu.client import QmpClient, QmpCommandError, QmpLostError
 from migstream.guests.qemu.machine import check_same, look_at, run_state
@@ -32,8 +31,7 @@ from migstream.records.libxl import EmulatorContext
 __all__ = ["QemuTarget"]
 
 LOAD_S = 60.0  # loading takes milliseconds; a QEMU that is not done by then never will be
-POLL_S = 0.002
-CHUNK = 1 << 20  # PFNs looked at together
+POLL_S = 0.05  # to ask whether QEMU is still there, if it tells nothing
 
 
 class QemuTarget(PageBook):
@@ -54,6 +52,13 @@ class QemuTarget(PageBook):
                 )
             # While QEMU waits, this only means: do not run by yourself when the guest is complete.
             self.qmp.execute("stop")
+            self.qmp.execute(
+                "migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}]
+            )
+            self._incoming = os.memfd_create("migstream-device-state")
+            opened.callback(os.close, self._incoming)
+            # Given beforehand: a guest that stands still meanwhile should not wait for it.
+            self.qmp.give_fd(self._incoming, "migstream")
             self.machine = look_at(self.qmp)
             self._ram = opened.enter_context(
                 RamFile(pid or self.qmp.peer_pid, self.machine.address, self.machine.ram.size, writable=True)
@@ -74,13 +79,19 @@ class QemuTarget(PageBook):
         return self.machine.vcpus
 
     def apply(self, record: Record) -> None:
-        """Take ORIGIN, and refuse one of another machine; all other records are of Xen's domains."""
+        """Take ORIGIN, refuse one of another machine, and clear the memory of this one.
+
+        All other records are of Xen's domains, and refused.
+        """
         if not isinstance(record, Origin):
             raise GuestError(f"a QEMU machine has no use for {record.type}: the stream is of a Xen domain")
         try:
             check_same(self.machine, record)
         except FormatError as exc:
             raise GuestError(f"ORIGIN does not say what it is of: {exc.message}") from exc
+        if self._origin is None:
+            # The stream has no page for what is zeros. Cleared now, and not when the guest waits for it.
+            self._ram.clear(0, self.machine.ram.size >> PAGE_SHIFT)
         self._origin = record
 
     # Pages
@@ -124,15 +135,8 @@ class QemuTarget(PageBook):
     # The end
 
     def complete(self) -> RestoredRings:
-        """Clear what the stream has no page for; all else has to wait for the emulator's state."""
+        """Do nothing more: all else has to wait for the emulator's state."""
         self._check_origin()
-        for piece in self.machine.ram.pieces:
-            shift = piece.file_page - piece.first_pfn
-            for first in range(piece.first_pfn, piece.first_pfn + piece.n_pages, CHUNK):
-                end = min(first + CHUNK, piece.first_pfn + piece.n_pages)
-                pfns = np.arange(first, end, dtype=np.uint64)
-                for start, behind in run_bounds(pfns[~self.populated(pfns)]):
-                    self._ram.clear(start + shift, behind - start)
         return RestoredRings(None, None)
 
     def take_emulator(self, record: Record) -> None:
@@ -140,13 +144,9 @@ class QemuTarget(PageBook):
         if not isinstance(record, EmulatorContext) or self._loaded:
             return
         self._check_origin()
-        incoming = os.memfd_create("migstream-device-state")
-        try:
-            os.write(incoming, device_state.fitted(record.emulator_ctx, self.machine))
-            os.lseek(incoming, 0, os.SEEK_SET)
-            self.qmp.give_fd(incoming, "migstream")
-        finally:
-            os.close(incoming)
+        with open(self._incoming, "wb", closefd=False) as incoming:
+            incoming.write(device_state.fitted(record.emulator_ctx, self.machine))
+        os.lseek(self._incoming, 0, os.SEEK_SET)  # QEMU reads where its copy of the descriptor stands
         try:
             self.qmp.execute("migrate-incoming", uri="fd:migstream")
             self._wait_until_loaded()
@@ -162,9 +162,11 @@ class QemuTarget(PageBook):
 
     def _wait_until_loaded(self) -> None:
         deadline = time.monotonic() + LOAD_S
-        while True:
+        while (status := self.qmp.await_migration_event(POLL_S)) != "completed":
+            if status not in (None, "failed"):
+                continue  # on its way
             progress = self.qmp.query("query-migrate")
-            status = progress.get("status")
+            status = str(progress.get("status"))
             if status == "completed":
                 return
             if status == "failed":
@@ -175,7 +177,6 @@ class QemuTarget(PageBook):
                 )
             if time.monotonic() > deadline:
                 raise GuestError(f"QEMU has not loaded the device state in {LOAD_S:g} s; it is {status!r}")
-            time.sleep(POLL_S)
 
     def start(self) -> None:
         """Let the machine run.
@@ -186,7 +187,7 @@ class QemuTarget(PageBook):
             raise GuestError("the stream brought no device state (EMULATOR_CONTEXT) to run the guest with")
         try:
             self.qmp.execute("cont")
-            state = run_state(self.qmp)
+            state = "running" if self.qmp.running else run_state(self.qmp)
         except QmpLostError as exc:
             raise UnsettledError(f"{exc}; whether its machine runs is not known") from exc
         if state != "running":
