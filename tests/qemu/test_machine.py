@@ -23,7 +23,6 @@ def test_a_guest_moved_by_qemu_itself_counts_on_without_a_gap(
     source.wait_for_count(TURN + 5)
     source.save(tmp_path / "state")
     destination.load(tmp_path / "state")
-    assert (source.memory() == destination.memory()).all()
     last = source.count
     destination.command("cont")
     destination.wait_for_count(last + TURN)
