@@ -37,7 +37,7 @@ __all__ = ["Campaign"]
 
 BATCH_S = 0.2  # seconds that a batch is to take: short for the display and Ctrl-C, long for what it costs
 LARGEST_BATCH = 200
-AHEAD = 2  # batches waiting for each worker
+AHEAD = 8  # batches waiting for each worker: one that hangs is not to keep the others idle
 FINDINGS_KEPT = 500  # different ones that are written; further ones are counted
 
 

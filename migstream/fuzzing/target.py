@@ -232,19 +232,20 @@ class Target:
         if self._owned:
             shutil.rmtree(self.directory, ignore_errors=True)
 
-    def run(self, octets: bytes) -> Execution:
-        """Run the program on one stream.
+    def run(self, octets: bytes, timeout_s: float | None = None) -> Execution:
+        """Run the program on one stream, for ``timeout_s`` seconds instead of the command's.
 
         Raises `TargetError` where it cannot be started.
         """
         self._write(octets)
+        timeout_s = self.command.timeout_s if timeout_s is None else timeout_s
         output = os.memfd_create("output", os.MFD_CLOEXEC)
         try:
             started = time.monotonic()
-            status, processor_s = self._spawn_and_wait(self._launcher, output)
+            status, processor_s = self._spawn_and_wait(self._launcher, output, timeout_s)
             if self._launcher and status in NOT_LAUNCHED and os.pread(output, 32, 0).startswith(COMPLAINT):
                 # Without the shell, the kernel says why.
-                status, processor_s = self._spawn_and_wait((), output)
+                status, processor_s = self._spawn_and_wait((), output, timeout_s)
             seconds = time.monotonic() - started
             return self._execution(status, _read(output), seconds, busy=processor_s > seconds * BUSY)
         finally:
@@ -259,7 +260,9 @@ class Target:
             self.stream_path.unlink(missing_ok=True)
             self.stream_path.write_bytes(octets)
 
-    def _spawn_and_wait(self, launcher: tuple[str, ...], output: int) -> tuple[int | None, float]:
+    def _spawn_and_wait(
+        self, launcher: tuple[str, ...], output: int, timeout_s: float
+    ) -> tuple[int | None, float]:
         """Return the exit code (negative: a signal; ``None``: no end), and the processor time it took."""
         try:
             pid = os.posix_spawn(
@@ -283,7 +286,7 @@ class Target:
         try:
             for limit, value in self._limits:
                 resource.prlimit(pid, limit, value)
-            ended = _ended(pid, self.command.timeout_s)
+            ended = _ended(pid, timeout_s)
         except PermissionError:
             raise TargetError(
                 f"{self._program} takes another user's rights, so no limits can be set for it; "

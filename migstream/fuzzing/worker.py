@@ -30,6 +30,8 @@ from migstream.fuzzing.verdicts import JUDGES, Verdict, disagreement, own_failur
 __all__ = ["Batch", "Found", "Plan", "Shrunk", "Stopped", "Worker", "begin", "execute", "shrink", "stream_of"]
 
 HANGING_S = 10.0  # seconds that the hangs among the executions of a minimisation may take
+PATIENCE = 20  # times what an execution takes on the average: how long a hang that is known is waited for
+LEAST_PATIENCE_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,9 @@ class Worker:
         self._judge = JUDGES[plan.judge] if plan.judge is not None else None
         self._stop = stop
         self._told: dict[str, bool] = {}  # signature's key: whether it came again
+        self._hang_told = False
+        self._ended = 0  # executions that came to an end, and their time
+        self._ended_s = 0.0
 
     def execute(self, first: int, count: int) -> Batch:
         """Do ``count`` executions from number ``first`` on. Raises `Stopped`, `TargetError`."""
@@ -120,7 +125,9 @@ class Worker:
         for number in range(first, first + count):
             self._check_stop()
             mutation = stream_of(self.plan, self.corpus, number)
-            execution, verdict, signature = self._run(mutation.octets)
+            # A hang that is new has the whole timeout, twice. More of the same would take all of the time.
+            timeout_s = self._patience() if self._hang_told else None
+            execution, verdict, signature = self._run(mutation.octets, timeout_s)
             batch.count += 1
             batch.seconds += execution.seconds
             batch.outcomes[execution.outcome] += 1
@@ -132,29 +139,46 @@ class Worker:
                     batch.unconfirmed += 1  # the machine was busy
                     continue
                 self._told[signature.key] = reproduced
+                self._hang_told |= signature.kind == Outcome.HANG
                 batch.found.append(Found(number, signature, mutation, execution, verdict, reproduced))
             batch.hits[signature.key] += 1
         return batch
 
     def shrink(self, octets: bytes, signature: Signature) -> Shrunk:
         """Minimise a finding's stream. Raises `Stopped`, `TargetError`."""
-        hangs_left = max(5, int(HANGING_S / self.plan.command.timeout_s))
+        patience_s = self._patience()
+        hangs_left = max(5, int(HANGING_S / patience_s))
 
         def keeps(tried: bytes) -> bool:
             nonlocal hangs_left
             if not hangs_left:
                 return False
-            execution, _, found = self._run(tried)
+            execution, _, found = self._run(tried, patience_s)
             hangs_left -= execution.outcome is Outcome.HANG
             return found == signature
 
         minimised = minimise(octets, keeps)
-        execution, verdict, _ = self._run(minimised.octets)
+        execution, verdict, found = self._run(minimised.octets)
+        if found != signature:  # a small one was slow only, or it comes and goes
+            minimised = Minimised(octets, minimised.executions, False)
+            execution, verdict, _ = self._run(octets)
         return Shrunk(minimised, execution, verdict)
 
-    def _run(self, octets: bytes) -> tuple[Execution, Verdict | None, Signature | None]:
+    def _patience(self) -> float:
+        """Return after how many seconds an execution is taken for a hang of which there were others."""
+        timeout_s = self.plan.command.timeout_s
+        if not self._ended:
+            return timeout_s
+        return min(timeout_s, max(LEAST_PATIENCE_S, PATIENCE * self._ended_s / self._ended))
+
+    def _run(
+        self, octets: bytes, timeout_s: float | None = None
+    ) -> tuple[Execution, Verdict | None, Signature | None]:
         self._check_stop()
-        execution = self.target.run(octets)
+        execution = self.target.run(octets, timeout_s)
+        if execution.outcome is not Outcome.HANG:
+            self._ended += 1
+            self._ended_s += execution.seconds
         path = str(self.target.stream_path)
         signature = signature_of(execution, path)
         verdict = None

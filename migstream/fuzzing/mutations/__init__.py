@@ -26,6 +26,7 @@ class Mutation:
 MUTATIONS: tuple[Mutation, ...] = (
     # fields, as the declarations have them
     Mutation("field", 8, fields.field),
+    Mutation("any-count", 4, fields.count),
     Mutation("reserved", 3, fields.reserved),
     Mutation("entry", 5, fields.entry),
     Mutation("body-length", 4, fields.body_length),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from migstream.fuzzing.mutations.editing import Editing, integers, misfit, patched
 from migstream.fuzzing.tree import Header, Node, Raw, Record
 
-__all__ = ["body_length", "config", "entry", "field", "opaque", "raw_integer", "reserved"]
+__all__ = ["body_length", "config", "count", "entry", "field", "opaque", "raw_integer", "reserved"]
 
 
 def _head_complete(node: Node) -> bool:
@@ -26,6 +26,28 @@ def field(editing: Editing) -> str | None:
     wire, offset = editing.chance.choice(fields)
     old = int.from_bytes(node.body[offset : offset + wire.size], node.order)
     new = editing.number(wire.size, old, wire)
+    editing.nodes[at] = node.with_body(patched(node.body, offset, wire.size, new, node.order))
+    return f"{editing.name(at)}: {wire.name} {old:#x} -> {new:#x}"
+
+
+def _has_count(node: Node) -> bool:
+    return _head_complete(node) and any(wire.counts for wire in node.declared.wire_fields)  # type: ignore[union-attr]  # it has one, as _head_complete says
+
+
+def count(editing: Editing) -> str | None:
+    """Let a count say something else than how many there are: readers allocate by it, and multiply it."""
+    at = editing.pick(_has_count)
+    if at is None:
+        return None
+    node = editing.nodes[at]
+    assert node.declared is not None
+    wire = next(wire for wire in node.declared.wire_fields if wire.counts)
+    offset = node.declared.offset_of(wire.name)
+    old = int.from_bytes(node.body[offset : offset + wire.size], node.order)
+    limit = 1 << 8 * wire.size
+    turns_over = (limit // 16 + old, limit // 8 + old)  # times an entry's size, it is as before
+    boundaries = (0, old - 1, old + 1, *turns_over, limit // 2, limit - 1)
+    new = editing.chance.choice((*boundaries, editing.number(wire.size, old))) % limit
     editing.nodes[at] = node.with_body(patched(node.body, offset, wire.size, new, node.order))
     return f"{editing.name(at)}: {wire.name} {old:#x} -> {new:#x}"
 
