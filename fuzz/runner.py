@@ -23,7 +23,8 @@ from migstream.fuzzing.mutator import Mutation, mutate
 
 __all__ = ["Plan", "replay", "run"]
 
-HANG_S = 20  # seconds that one execution may take
+HANG_S = 20.0  # of CPU time that one execution may take; the clock goes on while others are busy, or we halted
+WAIT_S = 600.0  # by the clock: it waits for something that never comes
 MEMORY = 4 << 30  # octets of address space that a worker may have: an allocation by an unchecked field fails
 CLOCK_EVERY = 16  # executions between two looks at the clock
 
@@ -130,6 +131,7 @@ def _report(totals: dict[str, Done], *, died: bool) -> int:
 
 def _work(plan: Plan, worker: int, connection: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    signal.signal(signal.SIGPROF, _hang)
     signal.signal(signal.SIGALRM, _hang)
     share = plan.seconds / len(plan.targets)
     for name in plan.targets:
@@ -163,15 +165,18 @@ def _signature(exc: BaseException) -> str:
 
 @contextmanager
 def _watched() -> Iterator[None]:
-    signal.alarm(HANG_S)
+    signal.setitimer(signal.ITIMER_PROF, HANG_S)
+    signal.setitimer(signal.ITIMER_REAL, WAIT_S)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _hang(number: int, frame: FrameType | None) -> None:
-    raise Hang(f"no end after {HANG_S} s")
+    limit = f"{HANG_S:g} s of CPU time" if number == signal.SIGPROF else f"{WAIT_S:g} s"
+    raise Hang(f"no end after {limit}")
 
 
 def replay(target: str, seed: str, number: int) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +51,21 @@ def test_the_corpus_has_every_layer_both_guests_and_legacy_streams() -> None:
 def test_an_execution_follows_from_target_seed_and_number() -> None:
     assert runner.mutation("reader", "1", 14) == runner.mutation("reader", "1", 14)
     assert runner.mutation("reader", "1", 14) != runner.mutation("reader", "1", 15)
+
+
+def test_an_execution_that_does_not_end_is_a_finding_and_one_that_waits_its_turn_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runner, "HANG_S", 0.2)
+    was = signal.signal(signal.SIGPROF, runner._hang)
+    try:
+        with pytest.raises(runner.Hang, match=r"no end after 0\.2 s of CPU time"), runner._watched():
+            while True:
+                pass
+        with runner._watched():
+            time.sleep(0.4)
+    finally:
+        signal.signal(signal.SIGPROF, was)
 
 
 def bad_target(octets: bytes) -> str:
