@@ -23,7 +23,7 @@ from migstream.fuzzing.mutator import Mutation, mutate
 
 __all__ = ["Plan", "replay", "run"]
 
-HANG_S = 20.0  # of CPU time that one execution may take; the clock goes on while others are busy, or we halted
+HANG_S = 20.0  # of CPU time that one execution may take: the clock goes on while others have the processor
 WAIT_S = 600.0  # by the clock: it waits for something that never comes
 MEMORY = 4 << 30  # octets of address space that a worker may have: an allocation by an unchecked field fails
 CLOCK_EVERY = 16  # executions between two looks at the clock
