@@ -30,8 +30,8 @@ from migstream.fuzzing.verdicts import JUDGES, Verdict, disagreement, own_failur
 __all__ = ["Batch", "Found", "Plan", "Shrunk", "Stopped", "Worker", "begin", "execute", "shrink", "stream_of"]
 
 HANGING_S = 10.0  # seconds that the hangs among the executions of a minimisation may take
-PATIENCE = 20  # times what an execution takes on the average: how long a hang that is known is waited for
-LEAST_PATIENCE_S = 0.25
+PATIENCE = 4  # times the slowest execution that ended: how long a hang that is known is waited for
+LEAST_PATIENCE_S = 1.0  # a sanitizer's report can take half a second
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,7 @@ class Worker:
         self._stop = stop
         self._told: dict[str, bool] = {}  # signature's key: whether it came again
         self._hang_told = False
-        self._ended = 0  # executions that came to an end, and their time
-        self._ended_s = 0.0
+        self._slowest_s = 0.0  # of the executions that came to an end
 
     def execute(self, first: int, count: int) -> Batch:
         """Do ``count`` executions from number ``first`` on. Raises `Stopped`, `TargetError`."""
@@ -166,10 +165,7 @@ class Worker:
 
     def _patience(self) -> float:
         """Return after how many seconds an execution is taken for a hang of which there were others."""
-        timeout_s = self.plan.command.timeout_s
-        if not self._ended:
-            return timeout_s
-        return min(timeout_s, max(LEAST_PATIENCE_S, PATIENCE * self._ended_s / self._ended))
+        return min(self.plan.command.timeout_s, max(LEAST_PATIENCE_S, PATIENCE * self._slowest_s))
 
     def _run(
         self, octets: bytes, timeout_s: float | None = None
@@ -177,8 +173,7 @@ class Worker:
         self._check_stop()
         execution = self.target.run(octets, timeout_s)
         if execution.outcome is not Outcome.HANG:
-            self._ended += 1
-            self._ended_s += execution.seconds
+            self._slowest_s = max(self._slowest_s, execution.seconds)
         path = str(self.target.stream_path)
         signature = signature_of(execution, path)
         verdict = None
