@@ -61,7 +61,7 @@ def test_an_execution_that_does_not_end_is_a_finding_and_one_that_waits_its_turn
     was = signal.signal(signal.SIGPROF, runner._hang)
     try:
         with pytest.raises(runner.Hang, match=r"no end after 0\.2 s of CPU time"), runner._watched():
-            sum(count())
+            sum(number for number in count())
         with runner._watched():
             time.sleep(0.4)
     finally:
