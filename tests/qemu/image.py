@@ -7,6 +7,7 @@ What is there is kept: the kernel until ``make clean``, the initramfs until one 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import re
@@ -89,14 +90,12 @@ def kernel_tree() -> Path:
     if tree.exists():
         return tree
     FOLDER.mkdir(parents=True, exist_ok=True)
-    depends = _run(["apt-cache", "depends", "linux-image-amd64"])
-    if not (found := re.search(r"Depends: (linux-image-\S+)", depends)):
-        if os.geteuid() == 0:
+    if os.geteuid() == 0:
+        with contextlib.suppress(CannotBuildError):  # old lists name packages that may be gone, or not
             _run(["apt-get", "update", "-qq"])
-            depends = _run(["apt-cache", "depends", "linux-image-amd64"])
-            found = re.search(r"Depends: (linux-image-\S+)", depends)
-        if not found:
-            raise CannotBuildError("apt knows no linux-image-amd64; on Debian, as root: apt-get update")
+    found = re.search(r"Depends: (linux-image-\S+)", _run(["apt-cache", "depends", "linux-image-amd64"]))
+    if not found:
+        raise CannotBuildError("apt knows no linux-image-amd64; on Debian, as root: apt-get update")
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
         _run(["apt-get", "download", "-q", found[1]], cwd=folder)
         (package,) = Path(folder).glob("*.deb")
