@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from migstream.errors import FormatError
 from migstream.records import ByteOrder, Declaration, OpaqueRecord, PageData, Record, array_of, libxc, libxl
 from migstream.records.fields import INT_CHAR, array, octets, u8
+from migstream.records.legacy import is_legacy
+from migstream.records.page_data import RunTemplates
 from migstream.testing import records
 from migstream.testing.records import declarations
 
@@ -47,6 +50,7 @@ def test_a_value_is_frozen_shows_its_fields_and_equals_only_its_like(
     for wire in kind.wire_fields:
         assert f"{wire.name}=" in repr(record)
         assert wire.wire_type.startswith(("u", "octets", wire.entry.__name__ if wire.entry else "u"))
+        assert wire.names or wire.label(0) == ""
     with pytest.raises(AttributeError, match="is frozen"):
         record.anything = 1  # type: ignore[attr-defined]  # what is tested
     with pytest.raises(TypeError, match="has no field strange"):
@@ -121,6 +125,7 @@ def test_an_array_is_a_sequence_in_either_order(
     assert list(other) == values
     assert list(other[start:stop]) == values[start:stop]
     assert other.numpy().tolist() == values
+    assert np.array(other).tolist() == values
     assert repr(made) == f"<Array of {len(values)} u{8 * size}>"
     for index, value in enumerate(values):
         assert other[index] == value
@@ -155,7 +160,7 @@ def test_a_record_of_unknown_type_survives_json_or_is_refused(layer: str, code: 
 
 
 @QUICK
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=4), max_size=6))
+@given(st.lists(st.text(st.sampled_from("\0kv\u00fc"), max_size=4), max_size=6))
 def test_pairs_of_strings_survive_unless_one_holds_a_nul_or_has_no_partner(texts: list[str]) -> None:
     pairs = list(zip(texts[::2], texts[1::2], strict=False))
     if any("\0" in text for pair in pairs for text in pair):
@@ -167,6 +172,25 @@ def test_pairs_of_strings_survive_unless_one_holds_a_nul_or_has_no_partner(texts
     for damaged in (data + b"odd\0", data + b"no end"):
         with pytest.raises(FormatError, match=r"pairs|no NUL"):
             _ = libxl.EmulatorXenstoreData(emulator_id=0, index=0, data=damaged).pairs
+
+
+@QUICK
+@given(st.lists(st.tuples(st.integers(0, 1 << 51), st.integers(1, 600)), max_size=24))
+def test_a_template_gives_any_run_whatever_runs_it_gave_before(runs: list[tuple[int, int]]) -> None:
+    templates = RunTemplates()
+    for first, count in runs:
+        expected = b"".join(pfn.to_bytes(8, "little") for pfn in range(first, first + count))
+        assert templates.run(first, count) == expected
+
+
+@QUICK
+@given(st.integers(0, 12), st.sampled_from([4, 8]), st.sampled_from([0xFFFF_FFFF, 1, 1024, 0, 1025]))
+def test_a_legacy_stream_is_known_by_its_first_words_and_by_no_fewer(
+    length: int, width: int, mark: int
+) -> None:
+    start = (0x10000).to_bytes(width, "little") + mark.to_bytes(4, "little")
+    told = length >= width + 4 and mark not in {0, 1025}
+    assert (is_legacy(start[:length]) is not None) == told
 
 
 def test_the_types_of_page_data_stay_octets_until_they_are_asked_for() -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import os
 import socket
 import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from migstream.errors import DeadlineError, TruncatedError
+from migstream.errors import DeadlineError, FormatError, TruncatedError
 from migstream.io import fd as fdio
 from migstream.io import reader
 from migstream.io.envelopes import EnvelopeWriter, Kind
@@ -23,8 +26,9 @@ from migstream.io.outputs import new_file
 from migstream.io.ranges import GATHERED, LARGE, RangeWriter
 from migstream.io.seekable import seekable
 from migstream.io.writer import StreamWriter, copy_stream
-from migstream.records import envelopes
+from migstream.records import OpaqueRecord, envelopes, libxc
 from migstream.testing import streams
+from tests.build import header, record
 
 QUICK = settings(max_examples=40, deadline=None)
 kinds = st.sampled_from(["file", "pipe", "socket"])
@@ -192,6 +196,7 @@ pieces = st.one_of(
 
 @QUICK
 @given(st.lists(pieces, max_size=8))
+@example([("copy", LARGE - 1, 0)] * (GATHERED // (LARGE - 1) + 1))
 def test_ranges_and_octets_come_out_in_the_order_they_were_asked_for(
     script: list[tuple[str, int, int]],
 ) -> None:
@@ -312,3 +317,139 @@ def test_a_range_of_a_file_is_written_whole_or_the_end_is_told(offset: int, leng
         assert writer.written == len(expected)
         target.seek(0)
         assert target.read() == expected
+
+
+@QUICK
+@given(streams(), st.binary(max_size=9), st.booleans(), st.sampled_from(["file", "pipe", "memory"]))
+def test_a_stream_is_written_again_octet_for_octet_whatever_is_behind_it(
+    octets: bytes, behind: bytes, rebuild: bool, kind: str
+) -> None:
+    whole, taken = octets + behind, list[bytes]()
+    with taking("file", taken) as target:
+        if kind == "memory":
+            copy_stream(reader.open_memory(whole), StreamWriter(target), rebuild=rebuild)
+        else:
+            with holding(kind, whole) as fd:
+                copy_stream(reader.open(fd), StreamWriter(target), rebuild=rebuild)
+    assert taken == [whole]
+
+
+@QUICK
+@given(streams(), st.data())
+def test_a_frame_gives_its_octets_once_and_none_of_the_next_ones(octets: bytes, data: st.DataObject) -> None:
+    frames = [(frame.index, frame.length) for frame in reader.open_memory(octets)]
+    index, length = data.draw(st.sampled_from(frames))
+    stream = reader.open_memory(octets)
+    frame = next(frame for frame in stream if frame.index == index)
+    with pytest.raises(ValueError, match=f"{length + 1} octets asked for, {length} are left"):
+        frame.read(length + 1)
+    with pytest.raises(ValueError, match="-1 octets asked for"):
+        frame.read(-1)
+    taken = data.draw(st.integers(0, min(length, 8)))
+    assert len(frame.read(taken)) == taken
+    if taken:
+        for again in (frame.record, lambda: StreamWriter(0).copy(frame)):
+            with pytest.raises(ValueError, match="consumed"):
+                again()
+    # The walk goes on behind the frame, however much of it was read, and whoever asks for it anew.
+    assert [(frame.index, frame.length) for frame in stream] == frames[frames.index((index, length)) + 1 :]
+
+
+@QUICK
+@given(st.integers(0x8000_0100, 0x8FFF_FFFF), st.integers((128 << 20) + 1, (1 << 32) - 1))
+def test_no_body_beyond_the_limit_is_read_into_memory(code: int, length: int) -> None:
+    head = libxc.RecordHeader(type=code, length=length).build()
+    frame = next(iter(reader.open_memory(header() + head)))
+    with pytest.raises(FormatError, match=f"{length} octets is not read into memory"):
+        frame.record()
+
+
+@QUICK
+@given(st.integers(0x8000_0100, 0x8FFF_FFFF), st.binary(max_size=20))
+def test_a_record_of_unknown_type_is_its_octets(code: int, body: bytes) -> None:
+    frame = next(iter(reader.open_memory(header() + record(code, body))))
+    assert frame.record() == OpaqueRecord.of("libxc", code, body)
+
+
+# What cannot be opened, and what breaks
+
+
+@QUICK
+@given(streams(kind="plain"), st.booleans())
+def test_a_stream_is_opened_by_its_path_whatever_is_there(octets: bytes, packed: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        with pytest.raises(IsADirectoryError):
+            reader.open(folder)
+        fd = os.open(folder, os.O_RDONLY)
+        with pytest.raises(IsADirectoryError):
+            reader.open(fd)
+        os.close(fd)  # it stayed ours
+        path = Path(folder) / "fifo"
+        os.mkfifo(path)
+        thread = threading.Thread(target=path.write_bytes, args=[gzip.compress(octets) if packed else octets])
+        thread.start()
+        with reader.open(path) as stream:
+            count = sum(1 for _ in stream)
+        stream.close()  # once more does nothing
+        thread.join()
+    assert count == sum(1 for _ in reader.open_memory(octets))
+
+
+@QUICK
+@given(streams(kind="plain"), st.data())
+def test_packed_data_that_end_or_are_damaged_or_do_not_come_are_told_apart(
+    octets: bytes, data: st.DataObject
+) -> None:
+    packed = gzip.compress(octets, mtime=0)
+    kept = data.draw(st.integers(20, len(packed) - 9))
+    with holding("pipe", packed[:kept]) as fd, pytest.raises((TruncatedError, FormatError)):
+        list(reader.open(fd))
+    damaged = packed[:10] + b"\xff" * 20 + packed[30:]  # a block of a type that there is not
+    with holding("file", damaged) as fd, pytest.raises(FormatError, match="the gzip data are damaged"):
+        list(reader.open(fd))
+    with pair("pipe") as (readable, writable):
+        os.write(writable, packed[:kept])
+        with pytest.raises(DeadlineError, match="was not readable"):
+            list(reader.open(readable, timeout_s=0.001))
+
+
+@QUICK
+@given(streams(kind="plain"), st.booleans())
+def test_a_copy_that_has_no_room_names_the_directory_that_it_was_to_be_in(octets: bytes, full: bool) -> None:
+    def no_file() -> io.FileIO:
+        return open("/dev/full", "r+b", 0) if full else open(os.devnull, "rb", 0)
+
+    told = "No space left on device: " if full else "Bad file descriptor"
+    with (
+        holding("pipe", octets) as fd,
+        reader.open(fd) as stream,
+        mock.patch("tempfile.TemporaryFile", no_file),
+        pytest.raises(OSError, match=told) as caught,
+        seekable(stream),
+    ):
+        pass
+    assert (caught.value.filename == tempfile.gettempdir()) == full
+
+
+@QUICK
+@given(st.sampled_from(["file", "pipe", "socket"]), st.integers(1, 200_000))
+def test_a_target_that_takes_nothing_is_an_error_and_not_an_end(kind: str, length: int) -> None:
+    with holding(kind, content(length)) as source, open("/dev/full", "wb", 0) as full:
+        with pytest.raises(OSError, match="No space left"):
+            fdio.transfer(source, full.fileno(), length)
+        fdio.read(source, length)
+
+
+@QUICK
+@given(st.sampled_from(["xl", "libvirt", "xapi"]), st.binary(min_size=1, max_size=9))
+def test_an_envelope_gets_no_tail_when_its_content_failed(kind: Kind, config: bytes) -> None:
+    taken: list[bytes] = []
+    with taking("file", taken) as fd, contextlib.suppress(KeyboardInterrupt):
+        envelope = EnvelopeWriter(kind, StreamWriter(fd), config)
+        with envelope:
+            raise KeyboardInterrupt
+    with taking("file", taken) as fd, EnvelopeWriter(kind, StreamWriter(fd), config):
+        pass
+    failed, whole = taken
+    assert whole.startswith(failed)
+    assert (whole != failed) == (kind == "xapi")

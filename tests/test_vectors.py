@@ -27,8 +27,6 @@ from migstream.verification import RULES, Severity
 from spec.vectors import make
 from spec.vectors.errata import ERRATA
 
-pytestmark = pytest.mark.corpus
-
 VECTORS = load_vectors()
 DATA = vectors_directory()
 README = Path(__file__).parents[1] / "spec" / "vectors" / "README.md"

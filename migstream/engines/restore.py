@@ -231,9 +231,8 @@ class _Restore:
                     checkpoint = None
                 if kind is libxl.LibxlEnd:
                     break
-            elif self._applier is None or self._ended:
-                raise refusal(frame, "a record outside of the libxc image")
             elif kind is libxc.Checkpoint:
+                assert self._applier is not None  # of a libxc record's image the headers came first
                 check_place(frame, libxc.Checkpoint, self._applier.layout)
                 with self._channel():
                     frame.finish()

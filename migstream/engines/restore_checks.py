@@ -99,8 +99,8 @@ def check_headers(layer: Layer, guest: GuestType) -> tuple[libxc.ImageHeader, li
     """
     image = layer.header(libxc.ImageHeader)
     domain = layer.header(libxc.DomainHeader)
-    if image is None or domain is None:
-        raise FormatError("a libxc image without headers", offset=layer.offset, layer=layer.name)
+    assert image is not None  # a libxc layer is its two headers
+    assert domain is not None
     found = GuestType(domain.type).name if domain.type in set(GuestType) else f"type {domain.type}"
     checks = (
         (

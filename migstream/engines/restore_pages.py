@@ -202,9 +202,8 @@ class PageReceiver:
         frames = (entries[(entries & PRESENT) != 0] & FRAME_MASK) >> np.uint64(12)
         if not len(frames):
             return
-        highest = self.target.max_pfn
-        if self.highest_pfn is not None:
-            highest = min(highest, self.highest_pfn)
+        assert self.highest_pfn is not None  # only PV has tables to localise; P2M_FRAMES came first
+        highest = min(self.highest_pfn, self.target.max_pfn)
         if int(frames.max()) > highest:
             raise refusal(
                 frame,

@@ -143,9 +143,9 @@ class PvState:
                     yield kept[kind].record
 
     def check_p2m(self) -> None:
-        """Check that each frame of the guest's own p2m is an ordinary page that it has."""
-        if self._p2m is None:
-            return
+        """Check that each frame of the guest's own p2m is an ordinary page that it has; vCPUs come first."""
+        assert self._p2m is not None  # or vCPU 0's start info page would have had no memory
+        assert self._p2m_place is not None
         count = self.highest_pfn // self._layout.p2m_entries_per_frame + 1
         for start in range(0, count, FRAMES_AT_ONCE):
             # What was not told, 0, becomes the highest of all numbers, so it is out of range too.
@@ -242,7 +242,5 @@ class PvState:
     def _page(self, pfn: int) -> memoryview:
         return self.target.pages(np.array([pfn], np.uint64))[0].cast("B")
 
-    def _located(self, error: StreamError, place: tuple[int, RecordRef] | None) -> StreamError:
-        if place is None:
-            return error
+    def _located(self, error: StreamError, place: tuple[int, RecordRef]) -> StreamError:
         return error.located(base=place[0], layer="libxc", record=place[1])

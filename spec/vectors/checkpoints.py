@@ -47,6 +47,15 @@ _REMUS = [
         stream_type="remus",
     ),
     case(
+        "remus-nothing-written",
+        "a second checkpoint behind the first: nothing changed",
+        FIRST_CHECKPOINT + CHECKPOINTED,
+        "sound",
+        "stream-ends-at-checkpoint",
+        "accept",
+        stream_type="remus",
+    ),
+    case(
         "remus-sender-gone-in-record",
         "one checkpoint, and the input ends inside the next record: the checkpoint counts",
         FIRST_CHECKPOINT + AGAIN[:50],

@@ -43,6 +43,14 @@ CASES: list[Case] = [
         "accept",
     ),
     case(
+        "origin-no-policies",
+        "ORIGIN, and no CPUID or MSR policy: they are Xen's, so the restore does not ask for them",
+        hvm(origin(), STATIC_END, PAGES, TAIL, ENDED),
+        "sound",
+        "static-data-missing",
+        "accept",
+    ),
+    case(
         "origin-late",
         "ORIGIN behind STATIC_DATA_END",
         in_hvm(origin()),

@@ -92,6 +92,11 @@ _REFERENCES = [
             ("unpopulated", "a PFN without memory", UNPOPULATED),
         )
     ],
+    *[
+        refused(f"{part}-is-a-page-table", f"{words}: an L3 page table", of(TABLE).image())
+        for part, of, words in _REFERRED
+        if part in {"start-info", "gdt", "p2m-frame"}
+    ],
     refused("cr3-not-a-top-table", "cr3 is an L3 table of a 64-bit guest", PvGuest(cr3=TABLE).image()),
     refused("cr1-not-a-top-table", "cr1 is an L3 table of a 64-bit guest", PvGuest(cr1=TABLE).image()),
     refused("cr3-32-bit-not-a-top-table", "cr3 is an L2 table of a 32-bit guest", PvGuest(4, cr3=6).image()),
@@ -273,6 +278,11 @@ _VCPUS = [
         in_pv(vcpu(VCPU_EXTENDED, bytes(128)), vcpu(VCPU_XSAVE, bytes(16)), vcpu(VCPU_MSRS, bytes(48))),
     ),
     taken("vcpu-two", "two vCPUs", in_pv(PV.basic(1))),
+    taken(
+        "vcpu-second-without-basic",
+        "X86_PV_VCPU_XSAVE of vCPU 1, which has no X86_PV_VCPU_BASIC: only vCPU 0 has to",
+        in_pv(vcpu(VCPU_XSAVE, bytes(16), 1)),
+    ),
     taken(
         "vcpu-reserved",
         "a VCPU record whose reserved field is set",

@@ -99,6 +99,14 @@ _RECORDS = [
         missing="never",
     ),
     case(
+        "libxl-64-images",
+        "64 images, each of a header and END, in one libxl stream, which has one",
+        libxl(*[CONTEXT_FOLLOWS + hvm(ENDED)] * 64, ENDED),
+        "unsound",
+        "layout-missing layout-missing-usual libxl-context-repeated stream-damaged",
+        missing="CPUID MSR",
+    ),
+    case(
         "libxl-unknown",
         "a mandatory libxl record of type 6",
         in_libxl(record(6, b"new")),
