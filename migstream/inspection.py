@@ -106,6 +106,7 @@ class Report:
     static_end_offset: int | None = None
     vcpus: set[int] = field(default_factory=set)
     pv_info: libxc.X86PvInfo | None = None
+    origin: libxc.Origin | None = None
     xenops: str | None = None
     verify: bool = False
     legacy: bool = False
@@ -284,6 +285,8 @@ def _note(record: Record, report: Report) -> None:
     match record:
         case libxc.X86PvInfo():
             report.pv_info = record
+        case libxc.Origin():
+            report.origin = record
         case libxc.X86PvVcpuBasic():
             if len(report.vcpus) < 1 << 13:  # Xen's own limit of vCPUs
                 report.vcpus.add(record.vcpu_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from importlib import import_module
@@ -48,6 +49,18 @@ def test_each_command_has_the_help_line_that_the_group_shows() -> None:
         shown = run(name, "--help")
         assert shown.exit_code == 0
         assert "Examples:" in shown.output
+
+
+def test_inspect_says_of_an_image_that_xen_did_not_make_what_it_is_of(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    shape = struct.pack("<IIQQQ", 1, 2, 64 << 20, 64 << 20, 0)
+    origin = build.record(0xCD530001, shape + b"version\x007.2\0evil\0\x1b[31m\0")
+    path.write_bytes(build.header() + origin + build.record(build.STATIC_DATA_END) + build.record(build.END))
+    shown = run("inspect", path).output
+    assert "HVM guest, of QEMU, " in shown
+    assert "Xen" not in shown
+    assert "origin       QEMU, 2 vCPUs, memory of 64.0 MiB\n               version: 7.2\n" in shown
+    assert "evil: \\x1b[31m\n" in shown
 
 
 def test_help_imports_nothing_heavy() -> None:

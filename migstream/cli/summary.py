@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from migstream.errors import FormatError
 from migstream.inspection import Report
 from migstream.records import libxc
 from migstream.text import printable, size
@@ -11,6 +12,7 @@ from migstream.text import printable, size
 __all__ = ["summary"]
 
 PASSES_SHOWN = 12
+PROPERTIES_SHOWN = 24
 KINDS = {
     "xl": "xl save file",
     "libvirt": "libvirt save image",
@@ -20,6 +22,7 @@ KINDS = {
     "libxl": "libxl stream",
     "libxc": "libxc image",
 }
+MAKERS: dict[int, str] = {libxc.Hypervisor.QEMU: "of QEMU", libxc.Hypervisor.PROCESS: "memory of a process"}
 
 
 def summary(report: Report, file: str) -> Iterator[str]:
@@ -57,7 +60,9 @@ def _headline(report: Report) -> str:
         return "no migration stream"
     kind = KINDS[report.layers[0].name]
     guest = f", {report.guest_type.upper()} guest" if report.guest_type else ""
-    xen = f", Xen {report.xen_version}" if report.xen_version else ""
+    maker = f", Xen {report.xen_version}" if report.xen_version else ""
+    if report.origin is not None:  # no Xen was there: the version in the header says nothing
+        maker = f", {MAKERS.get(report.origin.hypervisor, 'of unknown origin')}"
     if report.legacy:
         state = "holds a legacy stream"
     elif report.error is not None:
@@ -66,7 +71,7 @@ def _headline(report: Report) -> str:
         state = f"ends behind checkpoint {report.checkpoints}"
     else:
         state = "whole"
-    return f"{kind}{guest}{xen}, {size(report.octets)}, {state}"
+    return f"{kind}{guest}{maker}, {size(report.octets)}, {state}"
 
 
 def _layers(report: Report) -> list[dict[str, object]]:
@@ -95,12 +100,30 @@ def _guest(report: Report) -> list[list[str]]:
         kind += f", {len(report.vcpus)} vCPU{'s' * (len(report.vcpus) != 1)}"
     rows.append(["type", kind])
     rows.append(["page size", f"{report.page_size} octets" if report.page_size else "implausible"])
+    if report.origin is not None:
+        rows += _origin(report.origin)
     present = ", ".join(sorted(report.static_present)) or "none"
     missing = ", ".join(report.static_missing) or "none"
     end = f"{report.static_end} at {report.static_end_offset}" if report.static_end else "absent"
     rows.append(["static data", f"present: {present}; missing: {missing}; end: {end}"])
     if report.checkpoints:
         rows.append(["checkpoints", str(report.checkpoints)])
+    return rows
+
+
+def _origin(origin: libxc.Origin) -> list[list[str]]:
+    """Rows on what an image was made of: a line a property."""
+    known = origin.hypervisor in set(libxc.Hypervisor)
+    name = libxc.Hypervisor(origin.hypervisor).name if known else f"hypervisor {origin.hypervisor}"
+    vcpus = f", {origin.vcpus} vCPU{'s' * (origin.vcpus != 1)}" if origin.vcpus else ""
+    rows = [["origin", f"{name}{vcpus}, memory of {size(origin.ram_size)}"]]
+    try:
+        properties = list(origin.properties.items())
+    except FormatError as exc:
+        return [*rows, ["", f"malformed: {exc.message}"]]
+    rows += [["", f"{printable(key)}: {printable(value)}"] for key, value in properties[:PROPERTIES_SHOWN]]
+    if len(properties) > PROPERTIES_SHOWN:
+        rows.append(["", f"and {len(properties) - PROPERTIES_SHOWN} more"])
     return rows
 
 
