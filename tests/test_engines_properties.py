@@ -7,7 +7,7 @@ import io
 import json
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import get_args
 from unittest import mock
 
@@ -183,6 +183,10 @@ class Breaking(MemoryInput):
     def read(self, length: int) -> bytes:
         self._check()
         return super().read(length)
+
+    def readv_into(self, buffers: Iterable[memoryview]) -> int:
+        self._check()
+        return super().readv_into(buffers)
 
     def splice_to(self, target: int, length: int, timeout_s: float | None = None) -> int:
         self._check()

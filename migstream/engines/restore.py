@@ -250,7 +250,10 @@ class _Restore:
                 with self._channel():
                     self._spill.add(frame)
             else:
-                self._apply(frame)
+                try:
+                    self._apply(frame)
+                except ConnectionError as exc:  # any other OSError may be the target's
+                    raise self._broken(exc) from exc
         if self._ended:
             return
         if self._spill is None:
@@ -291,10 +294,11 @@ class _Restore:
             if self._spill is not None and not self._ended:
                 raise _FailOver(str(exc)) from exc
             if isinstance(exc, OSError):
-                raise StreamError(
-                    f"the channel broke: {exc.strerror or exc}", offset=self.stream.position
-                ) from exc
+                raise self._broken(exc) from exc
             raise
+
+    def _broken(self, error: OSError) -> StreamError:
+        return StreamError(f"the channel broke: {error.strerror or error}", offset=self.stream.position)
 
     def _begin_image(self, layer: Layer) -> None:
         if self._applier is not None:
