@@ -15,7 +15,7 @@ from typing import Any
 CHECKPOINT, CHECKPOINT_END, CHECKPOINT_STATE, LIBXC_CONTEXT = 14, 4, 5, 1
 
 #: Layer and code of a record -> its fixed fields, each ``name:struct character``, and what follows them:
-#: ``name`` for octets, ``name[fields]`` for entries (``name[]``: words of 8), ``*count`` where they are counted.
+#: ``name`` for octets, ``name[fields]`` for entries (``name[]``: words of 8), ``*count`` where counted.
 FORMS = {
     ("libxc", 0): ("", ""),
     ("libxc", 2): ("guest_width:B pt_levels:B reserved1:6s", ""),
