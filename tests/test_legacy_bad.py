@@ -117,6 +117,7 @@ def test_a_chunk_that_lies_is_refused_with_its_place(chunk: bytes, at: int, mess
     ("tail", "at", "message"),
     [
         (old.hvm_tail()[:24] + b"\xff\xff\xff\xff", 24, "the HVM context has 4294967295 octets"),
+        (old.hvm_tail()[:24] + bytes(4), 24, "the HVM context is empty"),
         (
             old.hvm_tail(b"") + b"DeviceModelRecord0002\xff\xff\xff\xff",
             28 + 21,

@@ -167,7 +167,12 @@ def _hvm_tail(source: ChunkSource, collected: Collected, qemu: Qemu) -> GuestSta
         param: source.integer(8, f"the magic PFN {param.name}")
         for param in (HvmParam.IOREQ_PFN, HvmParam.BUFIOREQ_PFN, HvmParam.STORE_PFN)
     }
+    context_offset = source.position
     context = _sized(source, "the HVM context")
+    if not context:
+        raise source.fault(
+            "the HVM context is empty: the state of the guest's processors is missing", context_offset
+        )
     return GuestState(
         offset=offset,
         tsc=collected.tsc,
