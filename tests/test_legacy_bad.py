@@ -119,11 +119,11 @@ def test_a_chunk_that_lies_is_refused_with_its_place(chunk: bytes, at: int, mess
         (old.hvm_tail()[:24] + b"\xff\xff\xff\xff", 24, "the HVM context has 4294967295 octets"),
         (old.hvm_tail()[:24] + bytes(4), 24, "the HVM context is empty"),
         (
-            old.hvm_tail(b"") + b"DeviceModelRecord0002\xff\xff\xff\xff",
-            28 + 21,
+            old.hvm_tail(b"x") + b"DeviceModelRecord0002\xff\xff\xff\xff",
+            29 + 21,
             "QEMU's state has 4294967295",
         ),
-        (old.hvm_tail(b"") + b"DeviceModelRecord0003\0\0\0\0", 28, "expected QEMU's record"),
+        (old.hvm_tail(b"x") + b"DeviceModelRecord0003\0\0\0\0", 29, "expected QEMU's record"),
     ],
 )
 def test_an_hvm_tail_that_lies_is_refused_with_its_place(tail: bytes, at: int, message: str) -> None:
