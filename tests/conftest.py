@@ -1,7 +1,8 @@
-"""The tiers of the test suite: what needs QEMU runs only when it is asked for."""
+"""What holds for all tests; and the tiers: what needs QEMU runs only when it is asked for."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from hypothesis import settings
 # A deadline asserts on the clock, which a busy machine fails.
 settings.register_profile("house", deadline=None)
 settings.load_profile("house")
+
+# A shell has what it starts in the background ignore this, and commands that tests interrupt would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 QEMU = Path(__file__).with_name("qemu")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from migstream.fuzzing import afl
+from migstream.fuzzing.mutator import Mutation
 from migstream.fuzzing.tree import Tree
 from tests import build
 
@@ -70,6 +71,12 @@ def test_mutations_follow_from_the_seed_and_the_order_of_calls() -> None:
 def test_a_mutation_keeps_to_the_size_that_is_allowed() -> None:
     afl.init(1)
     assert all(len(afl.fuzz(bytearray(STREAM), None, 100)) <= 100 for _ in range(50))
+
+
+def test_something_comes_back_always_for_afl_ends_over_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(afl, "mutate_one", lambda *_, **__: Mutation(b"", ("cut: to nothing",)))
+    afl.init(1)
+    assert afl.fuzz(bytearray(STREAM), None, 1 << 20) == STREAM
 
 
 def test_most_mutations_are_still_framed() -> None:

@@ -25,7 +25,7 @@ from migstream.verification import verify
 KINDS = get_args(Kind)
 KIND_AND_LAYER = [(kind, layer) for kind in KINDS for layer in LAYERS[kind]]
 SHRINKING = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-DRAWING = settings(SHRINKING, phases=[Phase.generate])
+DRAWING = settings(SHRINKING, phases=[Phase.generate], max_examples=1000, derandomize=True)
 
 
 def findings(octets: bytes, *severities: str) -> list[str]:

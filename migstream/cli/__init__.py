@@ -17,7 +17,7 @@ COMMANDS = {
     "convert": "Write the stream IN (a file, '-' for standard input, or fd:N) to OUT in another form.",
     "extract": "Write the memory in the stream IN to OUT as an image, and other contents to files.",
     "diff": "Compare two streams or images: headers, records and their fields, then pages by PFN.",
-    "save": "Save GUEST as a libxc stream to OUT: a file, '-' for standard output, or fd:N.",
+    "save": "Save GUEST as a migration stream to OUT: a file, '-' for standard output, or fd:N.",
     "restore": "Restore the stream IN (a file, '-' for standard input, or fd:N) into GUEST.",
     "migrate": "Migrate SRC to DST: another guest, or 'migstream receive' at HOST:PORT or unix:PATH.",
     "receive": "Receive one migration at PORT, HOST:PORT or unix:PATH into GUEST.",
@@ -34,7 +34,7 @@ def help_text() -> str:
     return f"""\
 Usage: migstream [OPTIONS] COMMAND [ARGS]...
 
-  Read, check, convert, build and run Xen migration streams.
+  Read, check, convert, build, run and fuzz Xen migration streams.
 
   A stream is what Xen writes when a domain is saved, checkpointed or migrated: an xl save file, a save
   image of libvirt or xapi, a libxl stream or a bare libxc image. The layers are detected. A file may be '-'

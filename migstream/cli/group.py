@@ -34,4 +34,4 @@ class _LazyGroup(click.Group):
 )
 @click.version_option(__version__, "-V", "--version", prog_name="migstream")
 def group() -> None:
-    """Read, check, build and run Xen migration streams."""
+    """Read, check, convert, build, run and fuzz Xen migration streams."""

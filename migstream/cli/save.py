@@ -51,10 +51,11 @@ def command(
     back_channel: int | None,
     xen_back_channel: bool,
 ) -> None:
-    """Save GUEST as a libxc stream to OUT: a file, '-' for standard output, or fd:N.
+    """Save GUEST as a migration stream to OUT: a file, '-' for standard output, or fd:N.
 
-    A file appears when the stream is complete; after an error or Ctrl-C there is none, and the guest runs
-    on. Passes and the result go to standard output with --json, or to standard error where the stream
+    The stream is a libxl stream if the guest has an emulator, as a QEMU machine has, else a libxc image. A
+    file appears when it is complete; after an error or Ctrl-C there is none, and the guest runs on.
+    Passes and the result go to standard output with --json, or to standard error where the stream
     takes the former.
 
     Exit code: 0 saved, 1 not, 2 wrong usage.

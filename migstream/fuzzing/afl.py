@@ -43,12 +43,15 @@ def fuzz_count(buf: bytearray) -> int:
 
 
 def fuzz(buf: bytearray, add_buf: bytearray | None, max_size: int) -> bytearray:
-    """Return ``buf`` mutated, with parts of ``add_buf``, of the queue too; at most ``max_size`` octets."""
+    """Return ``buf`` mutated, with parts of ``add_buf``, of the queue too; at most ``max_size`` octets.
+
+    AFL++ ends where nothing comes back, so that a stream of no octets is left to its own mutations.
+    """
     stream = bytes(buf)
     corpus = [stream, bytes(add_buf)] if add_buf else [stream]
     mutation = mutate_one(stream, corpus, _STATE.chance, max_length=max_size)
     _STATE.steps = mutation.steps
-    return bytearray(mutation.octets)
+    return bytearray(mutation.octets) or buf[:max_size]
 
 
 def describe(max_description_length: int) -> bytes:
