@@ -12,7 +12,7 @@ from hypothesis import settings
 settings.register_profile("house", deadline=None)
 settings.load_profile("house")
 
-# A shell has what it starts in the background ignore this, and commands that tests interrupt would inherit it.
+# What a shell starts in the background ignores this, and commands that tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
