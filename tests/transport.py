@@ -186,6 +186,9 @@ def _carry(
                     at += len(octets)
                 (far if sock is near else near).sendall(octets[:budget])
             except OSError:
+                if sock is near:  # the far end has gone: its last words come before that, as on a real wire
+                    with contextlib.suppress(OSError):
+                        near.sendall(far.recv(1 << 16)[: left[far]])
                 return
             if not octets or (budget is not None and len(octets) > budget):
                 return
