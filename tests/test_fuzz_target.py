@@ -120,6 +120,8 @@ def test_a_program_that_finds_no_room_to_be_loaded_wants_memory() -> None:
 
 def test_output_without_end_is_cut_and_counts_as_want_of_room() -> None:
     found = sh("yes line")
+    if found.outcome is Outcome.HANG:  # of a busy machine; a campaign believes in a hang only twice, too
+        found = sh("yes line")
     assert found.outcome is Outcome.MEMORY
     assert found.ending == "SIGXFSZ"
     assert len(found.output) < KEPT_OUTPUT + 100
