@@ -120,12 +120,16 @@ def test_a_program_that_finds_no_room_to_be_loaded_wants_memory() -> None:
 
 def test_output_without_end_is_cut_and_counts_as_want_of_room() -> None:
     found = sh("yes line")
-    if found.outcome is Outcome.HANG:  # of a busy machine; a campaign believes in a hang only twice, too
-        found = sh("yes line")
     assert found.outcome is Outcome.MEMORY
     assert found.ending == "SIGXFSZ"
     assert len(found.output) < KEPT_OUTPUT + 100
     assert b"octets left out" in found.output
+
+
+def test_what_a_program_starts_at_once_has_its_limit_on_files_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "prlimit", lambda *_: None)  # as if it came too late
+    for memory in (1 << 30, None):
+        assert sh("ulimit -f; true", memory=memory).output == b"131072\n"  # 64 MiB in blocks of 512 octets
 
 
 def test_a_limit_of_the_programs_own_is_not_refused() -> None:

@@ -213,9 +213,13 @@ class Target:
         # Hard limits stay: a program that sets a limit of its own just then must not be refused that.
         self._limits = [(limit, _soft(limit, value)) for limit, value in limits.items()]
         self._launcher: tuple[str, ...] = ()
-        if command.memory is not None and _has_interpreter(Path(self._program)):
-            kibioctets = _soft(resource.RLIMIT_AS, command.memory)[0] >> 10
-            self._launcher = (SHELL, "-c", f'ulimit -S -v {kibioctets} && exec "$@"', LAUNCHER)
+        if _has_interpreter(Path(self._program)):
+            # Set before the program is: what it starts meanwhile would escape a limit that comes later.
+            room = _soft(resource.RLIMIT_FSIZE, FILE_SIZE)[0] >> 9  # a shell counts blocks of 512 octets
+            shell = f"ulimit -S -f {room}"
+            if command.memory is not None:
+                shell += f" && ulimit -S -v {_soft(resource.RLIMIT_AS, command.memory)[0] >> 10}"
+            self._launcher = (SHELL, "-c", f'{shell} && exec "$@"', LAUNCHER)
         elif command.memory is not None:
             self._limits.append((resource.RLIMIT_AS, _soft(resource.RLIMIT_AS, command.memory)))
 
